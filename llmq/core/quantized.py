@@ -1,0 +1,82 @@
+"""`QuantizedWeight`: the only value that crosses from a method to a format to a linear.
+
+    weight ~ (codes - zero) * scale
+
+A group is a run of consecutive columns that shares one scale and one zero point. `scale` is [N, G] with
+G = K / group_size; one group per row ("per channel") is G = 1, one scale for everything ("per tensor") is [1, 1].
+Codes are unsigned, 0 .. 2**bits - 1; a symmetric weight has no `zero` tensor: its zero is the middle, 2**(bits - 1).
+Scales are finite and never zero, and may be negative.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmq.errors import LlmqError
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight [N, K] on an affine grid.
+
+    codes: uint8 [N, K], each 0 .. 2**bits - 1.
+    scale: floating [N, G] (or [1, 1]), in the dtype in which it is stored.
+    zero: uint8, shaped like `scale`; None when symmetric.
+    group_size: columns per group (K when there is one group per row).
+    bits: 2, 3, 4 or 8.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    group_size: int
+    bits: int
+
+    def __post_init__(self) -> None:
+        rows, columns = self.codes.shape
+        groups = columns // self.group_size
+        if groups * self.group_size != columns:
+            raise LlmqError(f"group_size must divide in_features {columns}; got {self.group_size}")
+        if self.scale.shape not in ((rows, groups), (1, 1)):
+            raise LlmqError(f"scale must be [{rows}, {groups}] or [1, 1]; got {list(self.scale.shape)}")
+        if self.zero is not None and self.zero.shape != self.scale.shape:
+            raise LlmqError(f"zero must be shaped like scale {list(self.scale.shape)}; got {list(self.zero.shape)}")
+        if self.codes.dtype != torch.uint8 or (self.zero is not None and self.zero.dtype != torch.uint8):
+            raise LlmqError("codes and zero must be uint8")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K): out_features, in_features."""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def symmetric(self) -> bool:
+        return self.zero is None
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight [N, K] that the codes stand for, computed in float32, rounded once to `dtype` (default: scale's).
+
+        The product of a code difference and a 16-bit scale is exact in float32, so every engine that multiplies in
+        float32 or in the scale's dtype gets these same bits.
+        """
+        rows, columns = self.shape
+        middle = 1 << (self.bits - 1)
+        codes = self.codes.view(rows, -1, self.group_size).float()  # [N, G, g]
+        zero = middle if self.zero is None else self.zero.float().unsqueeze(-1)
+        weight = (codes - zero).mul_(self.scale.float().unsqueeze(-1))
+        return weight.view(rows, columns).to(dtype or self.scale.dtype)
+
+    def rows(self, start: int, stop: int) -> QuantizedWeight:
+        """The weight of output rows start .. stop - 1: how a fused rounding of several linears is taken apart."""
+        if self.scale.shape[0] != self.codes.shape[0]:
+            raise LlmqError("a per-tensor weight has one scale for all rows and cannot be taken apart")
+        return QuantizedWeight(
+            self.codes[start:stop],
+            self.scale[start:stop],
+            None if self.zero is None else self.zero[start:stop],
+            self.group_size,
+            self.bits,
+        )

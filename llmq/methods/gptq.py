@@ -1,0 +1,108 @@
+"""GPTQ: rounding with second-order error feedback (Frantar et al., arXiv 2210.17323), static groups, activation order.
+
+Columns are rounded one by one; the error of each is spread over the columns still to come so that the output of the
+layer on the calibration inputs changes least. Here
+
+    scales first     found once per group from the original weights, weighted by the Hessian's diagonal; the feedback
+                     then works against a fixed grid ("static groups"), so groups stay contiguous in memory whatever
+                     order the columns are rounded in, and no g_idx is needed on disk
+    order            columns by falling diagonal of H (the "act-order" of the reference code)
+    factor           the paper's Cholesky factor of H^-1 (section 3.3, step 3), but from one Cholesky of H with the
+                     columns reversed and one triangular inverse: H^-1 itself is never formed
+    lazy updates     blocks of 128 columns; the rest of the matrix hears of a block's errors in one product (step 2)
+    layout           the weight is worked on transposed, [K, N], so that a column is contiguous and every row of the
+                     weight is one lane
+
+A Hessian that is not numerically positive definite gets more damping in tenfold steps, then the same in float64, and
+each step is a note in the result; there is no fall-back to another method. Dead inputs (zero diagonal) take no part in
+the feedback and are rounded to nearest.
+Left out: re-fitting scales after rounding, and the cross term of GPTAQ.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmq.core.grid import Grid
+from llmq.core.quantized import QuantizedWeight
+from llmq.errors import LlmqError
+from llmq.methods.base import Rounded, Target
+from llmq.methods.scales import fit_scales
+
+BLOCK = 128
+DAMPING_FACTORS = (1, 10, 100)
+
+
+def gptq(weight: Tensor, hessian: Tensor | None, target: Target) -> Rounded:
+    """weight float32 [N, K], hessian float32 [K, K] (mean of x x^T over tokens) -> codes with error feedback.
+
+    Raises `LlmqError` when there is no Hessian or it cannot be factored at any damping.
+    """
+    if hessian is None:
+        raise LlmqError("gptq needs calibration data: it rounds against the second moment of the inputs")
+    diagonal = hessian.diagonal()
+    scale, zero = fit_scales(target.scales)(weight, target.grid, target.dtype, diagonal)
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    factor, notes = inverse_factor(hessian[order][:, order], target.damping)
+    codes = round_with_feedback(weight, factor, order, scale, zero, target.grid)
+    size = target.grid.columns_per_group(weight.shape[1])
+    return Rounded(QuantizedWeight(codes, scale, zero, size, target.grid.bits), notes)
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, tuple[str, ...]]:
+    """Upper triangular U with U^T U = (H + damping * mean(diag H) * I)^-1, and notes on what it took.
+
+    hessian: symmetric float32 [K, K], not changed. Dead columns get the mean diagonal, which cuts them off from the rest.
+    Reversing rows and columns turns the lower Cholesky factor of H into an upper A with A A^T = H; then U = A^-1.
+    """
+    diagonal = hessian.diagonal()
+    dead = diagonal <= 0
+    notes: tuple[str, ...] = (f"{int(dead.sum())} dead inputs",) if bool(dead.any()) else ()
+    mean = diagonal.sum(dtype=torch.float64).item() / max(1, int((~dead).sum())) or 1.0
+    for dtype in (torch.float32, torch.float64):
+        for factor in DAMPING_FACTORS:
+            damped = hessian.to(dtype, copy=True)
+            damped.diagonal().add_(damping * factor * mean).add_(dead.to(dtype), alpha=mean)
+            lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+            if not bool(failed) and bool(torch.isfinite(lower).all()):
+                eye = torch.eye(len(hessian), dtype=dtype, device=hessian.device)
+                inverse = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+                if bool(torch.isfinite(inverse).all()):
+                    return inverse.to(hessian.dtype), notes
+            used = str(dtype).removeprefix("torch.")
+            notes += (f"not positive definite at damping {damping * factor:g} in {used}",)
+    raise LlmqError(
+        f"the Hessian cannot be factored even with damping {damping * DAMPING_FACTORS[-1]:g} in float64: "
+        "use more calibration text or a larger damping"
+    )
+
+
+def round_with_feedback(
+    weight: Tensor, factor: Tensor, order: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid
+) -> Tensor:
+    """Codes uint8 [N, K] of weight [N, K], columns taken in `order`; arXiv 2210.17323, algorithm 1.
+
+    factor: U [K, K] of the reordered Hessian. scale, zero: [N, G], fixed beforehand.
+    """
+    rows, columns = weight.shape
+    group = (order // grid.columns_per_group(columns)).tolist()
+    S = scale.T.float().contiguous()  # [G, N]
+    Z = torch.full_like(S, grid.middle) if zero is None else zero.T.float().contiguous()
+    W = weight.T[order].contiguous()  # [K, N]
+    codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
+    pivots = factor.diagonal().tolist()
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        block = W[start:stop]
+        E = torch.empty_like(block)  # [block, N]: errors over pivots
+        for i in range(start, stop):
+            w, s, z, e = block[i - start], S[group[i]], Z[group[i]], E[i - start]
+            q = torch.div(w, s).round_().add_(z).clamp_(0, grid.levels)
+            codes[i] = q
+            torch.sub(w, q.sub_(z).mul_(s), out=e).div_(pivots[i])
+            block[i - start + 1 :].addr_(factor[i, i + 1 : stop], e, alpha=-1)
+        W[stop:].addmm_(factor[start:stop, stop:].T, E, alpha=-1)
+    in_memory = torch.empty_like(codes)
+    in_memory[order] = codes
+    return in_memory.T.contiguous()

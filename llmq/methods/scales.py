@@ -1,0 +1,124 @@
+"""How scales (and zero points) are chosen: from the range, or by search (what other tools call clipping).
+
+`minmax` covers each group's range exactly. `search` tries a grid of candidates per group and keeps the one with the
+least weighted squared error
+
+    sum_k importance[k] * (w[k] - dequantize(quantize(w[k])))**2
+
+where importance is the diagonal of the Hessian (the mean square of input k), or 1 without data. Candidates are rounded
+to the storage dtype first, so what is compared is what is stored. All of them are relative to the group's range:
+
+    symmetric    scale = sign * ratio * max|w| / 2**(bits - 1), both signs, ratio from 1.15 down to 0.5: a ratio of 1 with
+                 the sign against the largest weight is the signed full-range scale, 16/15 is the min-max scale
+    asymmetric   the range [ratio * min, ratio * max], ratio from 1 down to 0.5, zero point nearest and one to each side
+
+How: groups go through in slabs of a few hundred kilobytes, so that the ~5 passes a candidate takes stay in the cache.
+Errors are measured in steps (t = w / scale, error = clamp(round(t)) - t), which lets both signs share division and
+rounding. Left out: gradient or closed-form refinement of the winner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from llmq.core.grid import Grid, checked_scale, fit, grouped, zero_for
+
+SYMMETRIC_RATIOS = tuple(1.15 - 0.65 * step / 26 for step in range(27))
+ASYMMETRIC_RATIOS = tuple(1.0 - 0.5 * step / 20 for step in range(21))
+ZERO_SHIFTS = (0, -1, 1)
+SLAB_ELEMENTS = 1 << 17
+
+FitScales = Callable[[Tensor, Grid, torch.dtype, "Tensor | None"], tuple[Tensor, "Tensor | None"]]
+
+
+def minmax(
+    weight: Tensor, grid: Grid, dtype: torch.dtype, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Scales that just cover each group's range; `importance` plays no part. See `llmq.core.grid.fit`."""
+    return fit(weight, grid, dtype)
+
+
+def search(
+    weight: Tensor, grid: Grid, dtype: torch.dtype, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The candidate of least weighted squared error in each group.
+
+    weight: [N, K] floating. importance: [K], not negative; None weighs all columns alike.
+    Returns scale [N, G] in `dtype` and zero uint8 [N, G], None when symmetric. Ties go to the earlier candidate.
+    """
+    groups = grouped(weight.float(), grid)  # [N, G, g]
+    rows, count, size = groups.shape
+    root = torch.ones(count, size) if importance is None else _root(importance).view(count, size)
+    root = root.to(groups.device)
+    scale = torch.empty(rows, count, dtype=dtype, device=groups.device)
+    zero = None if grid.symmetric else torch.empty(rows, count, dtype=torch.uint8, device=groups.device)
+    candidates = _symmetric if grid.symmetric else _asymmetric
+    step = max(1, SLAB_ELEMENTS // (count * size)) if groups.device.type == "cpu" else rows
+    for start in range(0, rows, step):
+        slab = slice(start, start + step)
+        best = torch.full_like(groups[slab, :, 0], torch.inf)
+        for error, candidate, offset in candidates(groups[slab], root, grid, dtype):
+            better = error < best
+            best = torch.where(better, error, best)
+            scale[slab] = torch.where(better, candidate, scale[slab])
+            if zero is not None and offset is not None:
+                zero[slab] = torch.where(better, offset, zero[slab])
+    return scale, zero
+
+
+SEARCHES: tuple[tuple[str, FitScales], ...] = (("minmax", minmax), ("search", search))
+
+
+def fit_scales(name: str) -> FitScales:
+    """The scale choice called `name` (`minmax` or `search`)."""
+    return dict(SEARCHES)[name]
+
+
+def _root(importance: Tensor) -> Tensor:
+    """Square root of the weights of the error, in units of their mean; dead columns keep a little weight."""
+    mean = importance.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return (importance / mean).clamp_min_(1e-6).sqrt_()
+
+
+def _symmetric(
+    groups: Tensor, root: Tensor, grid: Grid, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """(error [n, G], scale [n, G], None) of each symmetric candidate for groups [n, G, g]."""
+    largest = groups.abs().amax(-1) / grid.middle
+    steps, codes, error = (torch.empty_like(groups) for _ in range(3))
+    for ratio in SYMMETRIC_RATIOS:
+        scale = checked_scale(largest * ratio, dtype)
+        torch.div(groups, scale.float().unsqueeze(-1), out=steps)
+        torch.round(steps, out=codes)
+        for sign in (1, -1):
+            low, high = (-grid.middle, grid.middle - 1) if sign == 1 else (1 - grid.middle, grid.middle)
+            torch.clamp(codes, low, high, out=error)
+            yield _distance(error, steps, root, scale), scale * sign, None
+
+
+def _asymmetric(
+    groups: Tensor, root: Tensor, grid: Grid, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """(error [n, G], scale [n, G], zero uint8 [n, G]) of each asymmetric candidate for groups [n, G, g]."""
+    low = groups.amin(-1).clamp_(max=0)
+    high = groups.amax(-1).clamp_(min=0)
+    steps, codes, error = (torch.empty_like(groups) for _ in range(3))
+    for ratio in ASYMMETRIC_RATIOS:
+        scale = checked_scale((high - low) * (ratio / grid.levels), dtype)
+        nearest = zero_for(low * ratio, scale, grid).float()
+        torch.div(groups, scale.float().unsqueeze(-1), out=steps)
+        torch.round(steps, out=codes)
+        for shift in ZERO_SHIFTS:
+            zero = (nearest + shift).clamp_(0, grid.levels)
+            torch.clamp(codes, -zero.unsqueeze(-1), (grid.levels - zero).unsqueeze(-1), out=error)
+            yield _distance(error, steps, root, scale), scale, zero.to(torch.uint8)
+
+
+def _distance(codes: Tensor, steps: Tensor, root: Tensor, scale: Tensor) -> Tensor:
+    """Weighted squared error [n, G] of codes for steps = w / scale; overwrites `codes`."""
+    error = torch.linalg.vector_norm(codes.sub_(steps).mul_(root), dim=-1)
+    weighted: Tensor = error.mul_(scale.float().abs()).square_()
+    return weighted

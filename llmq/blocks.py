@@ -1,0 +1,302 @@
+"""Find the decoder blocks of a model, capture how the model calls each of them, and run one of them by itself.
+
+    find_blocks   the one list of modules that holds the decoder's layers
+    capture       one run of the model over *stub* blocks, which record each block's own arguments and pass the hidden
+                  states on: blocks of different layer types get different masks and rotary tables, so every block's
+                  arguments are kept, not the first one's. Nothing of a real block is needed for it.
+    walk          run a real block over all batches, stopping before chosen linears ("gates") until their inputs have
+                  been seen in every batch; the linears may be changed while everything stands still
+
+A walk that stops at g gates costs one forward of the block, not g + 1: each batch's forward is suspended inside the
+gate's pre-hook (a greenlet: one thread, no concurrency) and resumed after the change. What is alive meanwhile is that
+batch's activations inside the block. Where those would exceed `PAUSED_BYTES`, the block is run again from its start for
+each gate instead; the arithmetic is the same and so are the bytes.
+
+No argument is ever rebuilt by hand: they are replayed as the model gave them, without caches. What a stub returns (a
+tensor, or a tuple that starts with it) is found by trying, and checked: each block must receive the very tensor that
+the previous one returned. A model that does something to the hidden states between blocks is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+
+from llmq.errors import LlmqError
+
+PAUSED_BYTES = 1 << 30
+
+
+class _Stop(BaseException):
+    """Ends a forward whose remainder is not needed. Not an `Exception`, so that no model code swallows it."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the model calls one block for one batch: its arguments with the hidden states taken out.
+
+    place: where the hidden states go, a position or a keyword.
+    """
+
+    place: int | str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The hidden states that `block` makes of `hidden` [batch, tokens, width]."""
+        args, kwargs = list(self.args), dict(self.kwargs)
+        if isinstance(self.place, int):
+            args[self.place] = hidden
+        else:
+            kwargs[self.place] = hidden
+        result = block(*args, **kwargs)
+        return result if isinstance(result, Tensor) else result[0]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """hidden[b]: the first block's input for batch b. calls[i][b]: how block i is called for batch b."""
+
+    hidden: list[Tensor]
+    calls: list[list[Call]]
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The dotted name and the list of the decoder's blocks: the outermost list of modules with the most weights.
+
+    Raises `LlmqError` where the model has none.
+    """
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        nested = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) and not nested:
+            found[name] = module
+    if not found:
+        raise LlmqError(
+            f"{type(model).__name__} holds no list of decoder blocks: only decoder-only models are quantized"
+        )
+    return max(found.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+class _Stub(nn.Module):
+    """Stands in for a block: records its arguments and passes the hidden states on as a new tensor.
+
+    Attributes of the block that the model reads (a layer type, say) are taken from the block itself.
+    """
+
+    def __init__(self, block: nn.Module, as_tuple: bool, previous: _Stub | None, last: bool) -> None:
+        super().__init__()
+        self._block = [block]  # in a list, so that it is not registered as a child
+        self._as_tuple, self._previous, self._last = as_tuple, [previous], last
+        self.passed: Tensor | None = None
+        self.recorded: tuple[Tensor, Call] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._block[0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        previous = self._previous[0]
+        place = _place(args, kwargs, None if previous is None else previous.passed)
+        hidden = args[place] if isinstance(place, int) else kwargs[place]
+        stripped = tuple(None if index == place else value for index, value in enumerate(args))
+        rest = {key: _without_cache(value) for key, value in kwargs.items() if key != place}
+        self.recorded = hidden, Call(place, stripped, rest)
+        self.passed = hidden.view_as(hidden)
+        if self._last:
+            raise _Stop
+        return (self.passed,) if self._as_tuple else self.passed
+
+
+class _NotPassedOn(LlmqError):
+    pass
+
+
+def _place(args: tuple[Any, ...], kwargs: dict[str, Any], expected: Tensor | None) -> int | str:
+    """Where the hidden states are: the argument that is `expected`, or for the first block the likely one."""
+    candidates: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for place, value in candidates:
+        if value is expected if expected is not None else isinstance(value, Tensor) and value.is_floating_point():
+            return place
+    raise _NotPassedOn(
+        "a block does not receive the very hidden states that the block before it returned: "
+        "the model changes them in between, which is not supported"
+    )
+
+
+def _without_cache(value: Any) -> Any:
+    """A key/value cache is state between calls; a replayed block must not see one."""
+    return None if hasattr(value, "get_seq_length") else value
+
+
+def capture(model: nn.Module, run: Callable[[Tensor], object], batches: Sequence[Tensor]) -> Captured:
+    """Record the call of every block of `model` for every batch.
+
+    run: runs the model's forward on token ids [batch, tokens] without caches; the blocks themselves are not run.
+    Arguments that are equal to the first batch's are stored once. Raises `LlmqError` for a model that does more between
+    its blocks than pass the hidden states on.
+    """
+    _, blocks = find_blocks(model)
+    originals = list(blocks)
+    hidden: list[Tensor] = []
+    calls: list[list[Call]] = [[] for _ in originals]
+    try:
+        as_tuple = False
+        for batch in batches:
+            try:
+                stubs = _run_stubs(blocks, originals, as_tuple, run, batch)
+            except (_NotPassedOn, IndexError, ValueError, TypeError, RuntimeError):
+                if as_tuple or hidden:
+                    raise
+                as_tuple = True
+                stubs = _run_stubs(blocks, originals, as_tuple, run, batch)
+            first = stubs[0].recorded
+            assert first is not None
+            hidden.append(first[0].detach())
+            for index, stub in enumerate(stubs):
+                assert stub.recorded is not None
+                call = stub.recorded[1]
+                calls[index].append(_shared(call, calls[index][0]) if calls[index] else call)
+    finally:
+        for index, block in enumerate(originals):
+            blocks[index] = block
+    return Captured(hidden, calls)
+
+
+def _run_stubs(
+    blocks: nn.ModuleList, originals: list[nn.Module], as_tuple: bool, run: Callable[[Tensor], object], batch: Tensor
+) -> list[_Stub]:
+    stubs: list[_Stub] = []
+    for index, block in enumerate(originals):
+        stubs.append(_Stub(block, as_tuple, stubs[-1] if stubs else None, index == len(originals) - 1))
+        blocks[index] = stubs[-1]
+    try:
+        with torch.no_grad():
+            run(batch)
+    except _Stop:
+        pass
+    if any(stub.recorded is None for stub in stubs):
+        raise _NotPassedOn("the model does not run all of its blocks in order, which is not supported")
+    return stubs
+
+
+def _shared(call: Call, first: Call) -> Call:
+    """`call` with every tensor that equals its counterpart in `first` replaced by it."""
+    args = tuple(_same(a, b) for a, b in zip(call.args, first.args, strict=True))
+    return Call(call.place, args, {key: _same(value, first.kwargs.get(key)) for key, value in call.kwargs.items()})
+
+
+def _same(value: Any, first: Any) -> Any:
+    if isinstance(value, Tensor):
+        alike = isinstance(first, Tensor) and value.shape == first.shape and value.dtype == first.dtype
+        return first if alike and torch.equal(value, first) else value
+    if type(value) is tuple and type(first) is tuple and len(value) == len(first):
+        return tuple(_same(a, b) for a, b in zip(value, first, strict=True))
+    return value
+
+
+def replay(block: nn.Module, calls: Sequence[Call], hidden: Sequence[Tensor]) -> list[Tensor]:
+    """The block's output for every batch."""
+    with torch.no_grad():
+        return [call(block, x) for call, x in zip(calls, hidden, strict=True)]
+
+
+def walk(
+    block: nn.Module,
+    calls: Sequence[Call],
+    hidden: list[Tensor],
+    gates: Sequence[nn.Module],
+    see: Callable[[int, Tensor], None],
+    change: Callable[[int], None],
+    paused: bool | None = None,
+) -> list[Tensor]:
+    """Run `block` over all batches, in stages.
+
+    For each gate g in order: `see(g, x)` is called with the gate's input for every batch in turn, then `change(g)`, which
+    may alter the gate's weights and those of anything that runs later. Returns the output of each batch, computed with
+    all changes made. gates: linears of the block, in execution order, each run once per forward.
+    paused: suspend forwards at gates (True) or run again for each (False); None decides by the memory it would take.
+    """
+    if paused is None:
+        paused = _paused_bytes(block, hidden) <= PAUSED_BYTES
+    with torch.no_grad():
+        return (_walk_paused if paused else _walk_again)(block, calls, hidden, gates, see, change)
+
+
+def _paused_bytes(block: nn.Module, hidden: Sequence[Tensor]) -> int:
+    """What all batches together hold inside the block, at most: every linear's output and four hidden states."""
+    tokens = sum(x[..., 0].numel() for x in hidden)
+    widths = sum(m.out_features for m in block.modules() if isinstance(m, nn.Linear)) + 4 * hidden[0].shape[-1]
+    return tokens * widths * hidden[0].element_size()
+
+
+def _walk_paused(
+    block: nn.Module,
+    calls: Sequence[Call],
+    hidden: list[Tensor],
+    gates: Sequence[nn.Module],
+    see: Callable[[int, Tensor], None],
+    change: Callable[[int], None],
+) -> list[Tensor]:
+    caller = getcurrent()
+    forwards = [greenlet(lambda call=call, x=x: call(block, x)) for call, x in zip(calls, hidden, strict=True)]
+    with _hooked(gates, lambda g, x: caller.switch((g, x))):
+        for expected in range(len(gates)):
+            for forward in forwards:
+                reached = forward.switch()
+                if not isinstance(reached, tuple) or reached[0] != expected:
+                    raise LlmqError(f"linears of {type(block).__name__} run in a different order from call to call")
+                see(*reached)
+            change(expected)
+        return [forward.switch() for forward in forwards]
+
+
+def _walk_again(
+    block: nn.Module,
+    calls: Sequence[Call],
+    hidden: list[Tensor],
+    gates: Sequence[nn.Module],
+    see: Callable[[int, Tensor], None],
+    change: Callable[[int], None],
+) -> list[Tensor]:
+    for index, gate in enumerate(gates):
+
+        def stop(_: int, x: Tensor, index: int = index) -> None:
+            see(index, x)
+            raise _Stop
+
+        with _hooked([gate], stop):
+            for call, x in zip(calls, hidden, strict=True):
+                try:
+                    call(block, x)
+                except _Stop:
+                    continue
+                raise LlmqError(f"linears of {type(block).__name__} run in a different order from call to call")
+        change(index)
+    return replay(block, calls, hidden)
+
+
+@contextmanager
+def _hooked(gates: Sequence[nn.Module], reached: Callable[[int, Tensor], object]) -> Iterator[None]:
+    """While open, `reached(index, input)` is called before each gate runs."""
+
+    def hook(index: int) -> Callable[[nn.Module, Any], None]:
+        def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            reached(index, inputs[0])
+
+        return before
+
+    handles = [gate.register_forward_pre_hook(hook(index)) for index, gate in enumerate(gates)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,63 @@
+"""A model without data: built on meta from its config, with the dtypes of a loaded one and buffers that can be
+computed.
+
+Buffers that no file holds (rotary tables, position ids, embedding scales) are computed by transformers' own
+`initialize_weights`, as in `from_pretrained`, but while every parameter is still on meta: an initializer that writes
+into parameters which are loaded already (there are some) finds nothing to spoil.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_tie_weights
+
+from llmq.errors import LlmqError
+
+
+def build_skeleton(
+    make: Callable[..., PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The model of `config` on meta, in eval mode, nothing tied. make: takes the config and `dtype`.
+
+    Every parameter and buffer has the dtype in which `from_pretrained(dtype=dtype)` would load it.
+    """
+    with torch.device("meta"), no_tie_weights():
+        model = make(config, dtype=dtype)
+    kept = {re.compile(glob.replace("*", ".*")): kind for glob, kind in model._get_dtype_plan(dtype).items()}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        for pattern, kind in kept.items():
+            if pattern.search(name):
+                tensor.data = torch.empty_like(tensor, dtype=kind)
+    model.requires_grad_(False)
+    model.eval()
+    return model
+
+
+def compute_buffers(model: PreTrainedModel, device: torch.device, missing: Iterable[str]) -> None:
+    """Make every buffer that no file holds real, and let transformers compute its value. Parameters must be on meta."""
+    missing = set(missing)
+    made: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            full = f"{prefix}.{name}" if prefix else name
+            if buffer is None:
+                continue
+            if name in module._non_persistent_buffers_set or full in missing:
+                made[full] = module._buffers[name] = torch.empty_like(buffer, device=device)
+                if buffer.is_floating_point():
+                    made[full].fill_(torch.nan)  # so that one which is not computed is noticed
+            else:
+                buffer._is_hf_initialized = True
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    model.initialize_weights()
+    for full, buffer in made.items():
+        if buffer.is_floating_point() and bool(buffer.isnan().any()):
+            raise LlmqError(
+                f"transformers does not compute {full} of {type(model).__name__}: load the model and give that"
+            )

@@ -1,0 +1,185 @@
+"""Text to calibrate on and text to be judged by: a name in, one string out.
+
+    builtin     the help topics that Python ships (`pydoc_data.topics`): every fifth topic by name for evaluation, the
+                others for calibration; no network, about 17,000 and 74,000 tokens with a small BPE vocabulary
+    wikitext2   wikitext-2-raw-v1, lines joined by a blank line (the GPTQ protocol): train / test
+    c4          allenai/c4, English: the first documents of training file 0 / the first 1,100 of validation file 0,
+                joined by one space (`c4-new`: the rows of the GPTQ paper's camera-ready, never comparable with `c4`'s)
+    PATH        a UTF-8 text file, the same text for both splits
+
+The topics of `builtin` quote one another: whole sections stand in two or three of them, and almost half of the
+evaluation topics' text stands in others as well. Every paragraph is therefore kept once, and evaluation is served
+first, so that no paragraph is both calibrated on and judged by. The text differs between Python versions; the
+description names the version.
+
+Left out: `.jsonl` and other record files, chat transcripts, the old random-crop protocol of C4, PTB. `datasets` is
+imported only by the two corpora that need it.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from llmq.errors import LlmqError
+
+Split = Literal["calibration", "evaluation"]
+
+OFFLINE_REMEDY = "use `--dataset builtin` or the path of a text file"
+EVERY_TOPIC = 5
+C4_CALIBRATION_DOCUMENTS = 4096  # about two million tokens: 1,000 windows of 2048
+C4_EVALUATION_DOCUMENTS = 1100
+C4_EVALUATION_TOKENS = 256 * 2048
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One text and where it comes from.
+
+    name: what was asked for: `builtin`, `wikitext2`, `c4` or the path.
+    text: the whole text, one string.
+    description: one line for the report: source, split, how it was put together.
+    max_tokens: tokens that the corpus' protocol scores at most (c4: 256 windows of 2048); None for all of them.
+    """
+
+    name: str
+    text: str
+    description: str
+    max_tokens: int | None = None
+
+
+def load_text(dataset: str, split: Split) -> Corpus:
+    """The text of `dataset` for `split`.
+
+    Raises `LlmqError` for a name that is neither a corpus nor a file, an unreadable, empty or non-UTF-8 file, a record
+    file, an unknown split, and a corpus that cannot be downloaded.
+    """
+    if split not in ("calibration", "evaluation"):
+        raise LlmqError(f"split must be calibration or evaluation; got {split!r}")
+    for name, loader in CORPORA:
+        if dataset == name:
+            return loader(split)
+    return _file(dataset)
+
+
+def _builtin(split: Split) -> Corpus:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise LlmqError(
+            "dataset builtin is read from pydoc_data.topics, which this Python installation lacks; "
+            "use the path of a text file, or a Python with its whole standard library"
+        ) from error
+    text = split_topics(topics)[split]
+    description = (
+        f"help topics of Python {platform.python_version()} (pydoc_data.topics), {split} part, every paragraph once"
+    )
+    return Corpus("builtin", text, description)
+
+
+def split_topics(topics: Mapping[str, str]) -> dict[Split, str]:
+    """Disjoint evaluation and calibration texts out of `topics`, which depend on nothing but `topics`.
+
+    Paragraphs that differ only in white space count as the same; the evaluation text keeps those that both have.
+    """
+    names = sorted(topics)
+    seen: set[str] = set()
+    evaluation = _new_paragraphs((topics[name] for name in names[::EVERY_TOPIC]), seen)
+    rest = (topics[name] for index, name in enumerate(names) if index % EVERY_TOPIC)
+    return {"evaluation": evaluation, "calibration": _new_paragraphs(rest, seen)}
+
+
+def _new_paragraphs(texts: Iterable[str], seen: set[str]) -> str:
+    kept = []
+    for text in texts:
+        for paragraph in text.strip().split("\n\n"):
+            key = " ".join(paragraph.split())
+            if key and key not in seen:
+                seen.add(key)
+                kept.append(paragraph)
+    return "\n\n".join(kept)
+
+
+def _wikitext2(split: Split) -> Corpus:
+    part = {"calibration": "train", "evaluation": "test"}[split]
+    lines = _download("wikitext2", lambda load: load("Salesforce/wikitext", "wikitext-2-raw-v1", split=part)["text"])
+    return Corpus("wikitext2", "\n\n".join(lines), f"wikitext-2-raw-v1, {part} split, lines joined by a blank line")
+
+
+def _c4(split: Split) -> Corpus:
+    if split == "calibration":
+        documents = _c4_documents("train", "en/c4-train.00000-of-01024.json.gz", C4_CALIBRATION_DOCUMENTS)
+        description = f"allenai/c4 en, the first {len(documents)} documents of training file 00000"
+        return Corpus("c4", "\n\n".join(documents), description)
+    documents = _c4_documents("validation", "en/c4-validation.00000-of-00008.json.gz", C4_EVALUATION_DOCUMENTS)
+    description = (
+        f"allenai/c4 en, the first {len(documents)} documents of validation file 00000 joined by a space (c4-new)"
+    )
+    return Corpus("c4", " ".join(documents), description, C4_EVALUATION_TOKENS)
+
+
+def _c4_documents(part: str, file: str, count: int) -> Sequence[str]:
+    def read(load: Callable[..., Any]) -> list[str]:
+        rows = load("allenai/c4", data_files={part: file}, split=part, streaming=True)
+        return [row["text"] for row in islice(rows, count)]
+
+    return _download("c4", read)
+
+
+def _download(name: str, read: Callable[[Callable[..., Any]], Sequence[str]]) -> Sequence[str]:
+    """What `read` makes of `datasets.load_dataset`, with every failure as one `LlmqError`."""
+    try:
+        from datasets import load_dataset  # type: ignore[import-untyped, unused-ignore]
+    except ImportError as error:
+        raise LlmqError(
+            f"dataset {name} is read through the datasets package, which is not installed; "
+            f"`pip install datasets`, or {OFFLINE_REMEDY}"
+        ) from error
+    try:
+        texts = read(load_dataset)
+    # The hub's client, its HTTP library and the decoders each raise their own kinds, and change them between versions.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise LlmqError(f"dataset {name} could not be downloaded ({reason}); {OFFLINE_REMEDY}") from error
+    if not any(texts):
+        raise LlmqError(f"dataset {name} came without any text; {OFFLINE_REMEDY}")
+    return texts
+
+
+def _file(dataset: str) -> Corpus:
+    path = Path(dataset)
+    names = ", ".join(name for name, _ in CORPORA)
+    if not path.exists():
+        raise LlmqError(
+            f"dataset must be {names} or the path of a text file; {dataset!r} is no such name and no such file exists; "
+            f"use `--dataset builtin` or an existing file"
+        )
+    if path.is_dir():
+        raise LlmqError(f"dataset must be {names} or the path of a text file; {dataset} is a folder; give a file in it")
+    if path.suffix == ".jsonl":
+        raise LlmqError(
+            f"dataset files must be plain text; .jsonl is not supported yet: {dataset}; extract its text to .txt"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise LlmqError(
+            f"dataset files must be UTF-8 text; {dataset} is not (byte {error.start}); "
+            f"convert it, for example with `iconv -t UTF-8`"
+        ) from error
+    except OSError as error:
+        raise LlmqError(f"dataset file {dataset} cannot be read ({error.strerror}); {OFFLINE_REMEDY}") from error
+    if not text.strip():
+        raise LlmqError(f"dataset files must hold text; {dataset} is empty; {OFFLINE_REMEDY}")
+    return Corpus(dataset, text, f"the text file {dataset}")
+
+
+CORPORA: tuple[tuple[str, Callable[[Split], Corpus]], ...] = (
+    ("builtin", _builtin),
+    ("wikitext2", _wikitext2),
+    ("c4", _c4),
+)

@@ -1,0 +1,138 @@
+"""How fast a model reads a prompt and writes after it, and how much memory it takes.
+
+Two figures that must not be mixed: prefill (one forward over the prompt, bound by arithmetic) and decode (one token per
+forward with a key/value cache, bound by reading the weights). The prompt is seeded random ids: speed does not depend
+on the words. Decoding is greedy and by hand, so that nothing of `generate()` is timed. Every repeat starts with an
+empty cache that the model makes itself; one untimed run comes first (kernels are chosen, layouts packed, pages
+touched); the median of the repeats is reported.
+
+No figure here says that the output is right: show it beside a perplexity. Left out: static caches and compiled
+graphs, time to first token under load, batches of unequal lengths.
+"""
+
+from __future__ import annotations
+
+import inspect
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmq.errors import LlmqError
+from llmq.eval.perplexity import context_length, evaluation_mode, input_device, vocabulary_size
+
+WARM_UP_TOKENS = 2
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Speed of one model on one device, medians of `repeats`.
+
+    prefill_tokens_per_second: batch_size * prompt_tokens over the time of the one forward.
+    decode_tokens_per_second: batch_size * new_tokens over the time of the single-token forwards.
+    peak_memory_bytes: see `memory`; None where the system does not tell.
+    memory: what was counted: bytes allocated on the GPU since the start of the measurement, or on the CPU the largest
+        resident set of the process since *it* started, which includes loading.
+    device, threads: where it ran, and on how many CPU threads of torch.
+    """
+
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    peak_memory_bytes: int | None
+    memory: str
+    prompt_tokens: int
+    new_tokens: int
+    batch_size: int
+    repeats: int
+    device: str
+    threads: int
+
+
+def measure(
+    model: nn.Module, prompt_tokens: int = 512, new_tokens: int = 64, batch_size: int = 1, repeats: int = 3
+) -> Latency:
+    """Prefill and decode speed of a transformers causal LM, on the device where it lies.
+
+    Raises `LlmqError` for sizes below 1, and where prompt and new tokens exceed the model's context.
+    """
+    sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch_size": batch_size, "repeats": repeats}
+    _check(model, sizes)
+    device = input_device(model)
+    words = vocabulary_size(model) or 1
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(words, (batch_size, prompt_tokens), generator=generator).to(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with evaluation_mode(model):
+        _once(model, prompt, min(WARM_UP_TOKENS, new_tokens))
+        times = [_once(model, prompt, new_tokens) for _ in range(repeats)]
+    memory, peak = _peak_memory(device)
+    return Latency(
+        prefill_tokens_per_second=prompt.numel() / statistics.median(prefill for prefill, _ in times),
+        decode_tokens_per_second=batch_size * new_tokens / statistics.median(decode for _, decode in times),
+        peak_memory_bytes=peak,
+        memory=memory,
+        **sizes,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _check(model: nn.Module, sizes: dict[str, int]) -> None:
+    for name, value in sizes.items():
+        if value < 1:
+            raise LlmqError(f"{name} must be at least 1; got {value}")
+    context = context_length(model)
+    needed = sizes["prompt_tokens"] + sizes["new_tokens"]
+    if context is not None and needed > context:
+        raise LlmqError(
+            f"prompt_tokens + new_tokens must fit the model's context of {context}; got {needed}; use smaller ones"
+        )
+
+
+def _once(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Seconds of the prefill, and of `new_tokens` single-token forwards after it."""
+    # As generate() does: without it the prefill would also pay for logits that nobody reads.
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    wait = _waiter(prompt.device)
+    wait()
+    started = time.perf_counter()
+    output = model(input_ids=prompt, use_cache=True, **last)
+    token = _greedy(output)
+    wait()
+    prefilled = time.perf_counter()
+    for _ in range(new_tokens):
+        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True, **last)
+        token = _greedy(output)
+    wait()
+    return prefilled - started, time.perf_counter() - prefilled
+
+
+def _greedy(output: Any) -> Tensor:
+    """The most likely next tokens: int64 `[batch, 1]`."""
+    token: Tensor = output.logits[:, -1].argmax(-1, keepdim=True)
+    return token
+
+
+def _waiter(device: torch.device) -> Callable[[], None]:
+    """Kernels of a GPU are queued: the clock may be read only after they ended."""
+    if device.type == "cuda":
+        return lambda: torch.cuda.synchronize(device)
+    return lambda: None
+
+
+def _peak_memory(device: torch.device) -> tuple[str, int | None]:
+    if device.type == "cuda":
+        return "allocated on the GPU during the measurement", torch.cuda.max_memory_allocated(device)
+    meaning = "largest resident set of the process since it started"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return meaning, None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return meaning, peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,54 @@
+"""Text to calibration windows: tokenised once, cut into full windows, drawn by a seed.
+
+The stream of tokens is cut into non-overlapping windows of `seq_len` and the tail is dropped, so every window is full
+and no padding ever reaches a statistic. Where there are more windows than asked for, `torch.randperm` with its own
+seeded generator draws them, in that order: the same text, tokenizer, sizes and seed give the same windows anywhere.
+
+The tokenizer is a value; nothing here knows which library it came from. Left out: one sample per document (short
+documents would need padding or would calibrate on few positions), chat templates, a random offset of the first window.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq.errors import LlmqError
+
+
+def tokenize(tokenizer: Any, text: str) -> Tensor:
+    """The whole text as one stream of token ids: int64 `[tokens]`, with the tokenizer's default special tokens.
+
+    tokenizer: a callable as of transformers, `tokenizer(text)["input_ids"]`.
+    """
+    # Without verbose=False it warns that the text is longer than the model's context: it is cut into windows later.
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def windows(token_ids: Tensor, num_samples: int, seq_len: int, seed: int) -> Tensor:
+    """Full windows of the token stream: int64 `[n, seq_len]`, n the smaller of `num_samples` and what the text gives.
+
+    token_ids: int64 `[tokens]`.
+    Where the text gives fewer than `num_samples` windows all are used, in the order of the text (no draw).
+
+    Raises `LlmqError` where the text gives not even one window, or a size is below 1.
+    """
+    for name, value in (("num_samples", num_samples), ("seq_len", seq_len)):
+        if value < 1:
+            raise LlmqError(f"{name} must be at least 1; got {value}")
+    tokens = token_ids.numel()
+    count = tokens // seq_len
+    if count < 1:
+        shorter = f" or a seq_len of at most {tokens}" if tokens else ""
+        raise LlmqError(
+            f"calibration needs at least one full window: the text has {tokens} tokens and a window has {seq_len}; "
+            f"use a longer text{shorter}"
+        )
+    cut = token_ids[: count * seq_len].view(count, seq_len)
+    if count <= num_samples:
+        return cut
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:num_samples]
+    return cut[order]

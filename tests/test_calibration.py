@@ -1,0 +1,74 @@
+"""Windows are full, disjoint, and drawn by the seed alone."""
+
+import pytest
+import torch
+
+from llmq.calibration import tokenize, windows
+from llmq.errors import LlmqError
+
+
+class Tokenizer:
+    """One id per character; warns as transformers does unless it is told not to."""
+
+    def __call__(self, text, verbose=True):
+        assert not verbose, "the warning about a text longer than the context would be printed"
+        return {"input_ids": [1, *map(ord, text)]}
+
+
+def test_tokenize_is_one_flat_int64_stream_with_special_tokens():
+    ids = tokenize(Tokenizer(), "ab")
+    assert ids.dtype == torch.int64
+    assert ids.tolist() == [1, 97, 98]
+
+
+def test_tokenize_of_empty_text_is_an_empty_stream():
+    ids = tokenize(lambda text, **_: {"input_ids": list(map(ord, text))}, "")
+    assert ids.shape == (0,)
+    assert ids.dtype == torch.int64
+
+
+def test_draw_is_the_documented_permutation():
+    ids = torch.arange(107)
+    drawn = windows(ids, num_samples=4, seq_len=10, seed=3)
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(3))[:4]
+    assert torch.equal(drawn, torch.stack([ids[10 * i : 10 * i + 10] for i in order.tolist()]))
+    assert not torch.equal(drawn, windows(ids, num_samples=4, seq_len=10, seed=4))
+
+
+def test_draw_leaves_the_global_generator_alone():
+    before = torch.random.get_rng_state()
+    windows(torch.arange(100), num_samples=2, seq_len=10, seed=0)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("num_samples", [10, 11, 500])
+def test_fewer_windows_than_asked_are_all_used_in_text_order(num_samples):
+    ids = torch.arange(107)
+    assert torch.equal(windows(ids, num_samples, seq_len=10, seed=0), ids[:100].view(10, 10))
+
+
+def test_one_exact_window_is_enough_and_one_token_less_is_not():
+    assert windows(torch.arange(16), 4, 16, 0).shape == (1, 16)
+    with pytest.raises(LlmqError, match=r"15 tokens and a window has 16; use a longer text or a seq_len of at most 15"):
+        windows(torch.arange(15), 4, 16, 0)
+
+
+def test_empty_stream_gives_no_impossible_advice():
+    with pytest.raises(LlmqError, match=r"0 tokens and a window has 16; use a longer text$"):
+        windows(torch.empty(0, dtype=torch.int64), 4, 16, 0)
+
+
+@pytest.mark.parametrize("sizes", [{"num_samples": 0, "seq_len": 4}, {"num_samples": 4, "seq_len": 0}])
+def test_sizes_below_one_are_refused(sizes):
+    with pytest.raises(LlmqError, match="at least 1; got 0"):
+        windows(torch.arange(10), seed=0, **sizes)
+
+
+def test_transformers_prints_no_length_warning(caplog, capfd):
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=4)
+    assert tokenize(tokenizer, "a " * 20).tolist() == [0] * 20
+    assert "longer than" not in caplog.text + capfd.readouterr().err

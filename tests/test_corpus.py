@@ -1,0 +1,180 @@
+"""Corpora: what is joined how, that the two splits of the embedded text are disjoint, and every bad input by name."""
+
+import sys
+import types
+
+import pytest
+
+from llmq.errors import LlmqError
+from llmq.eval import corpus
+from llmq.eval.corpus import load_text, split_topics
+
+
+def paragraphs(text):
+    return [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
+
+
+def test_builtin_splits_share_no_paragraph_and_repeat_none():
+    calibration, evaluation = load_text("builtin", "calibration"), load_text("builtin", "evaluation")
+    assert len(calibration.text) > 200_000
+    assert len(evaluation.text) > 40_000
+    every = paragraphs(calibration.text) + paragraphs(evaluation.text)
+    assert len(every) == len(set(every))
+    assert "" not in every
+
+
+def test_builtin_is_deterministic_and_names_the_python_version():
+    first, second = load_text("builtin", "evaluation"), load_text("builtin", "evaluation")
+    assert first == second
+    assert f"{sys.version_info.major}.{sys.version_info.minor}." in first.description
+    assert first.name == "builtin"
+    assert "evaluation" in first.description
+
+
+def test_topics_are_taken_by_sorted_name_and_evaluation_is_served_first():
+    topics = {name: f"\nonly {name}\n\nshared\n  text\n" for name in "gfedcba"}
+    parts = split_topics(topics)
+    assert parts["evaluation"] == "only a\n\nshared\n  text\n\nonly f"
+    assert parts["calibration"] == "\n\n".join(f"only {name}" for name in "bcdeg")
+    assert split_topics(dict(sorted(topics.items()))) == parts
+
+
+def test_builtin_without_the_help_topics_names_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(LlmqError, match=r"pydoc_data\.topics, which this Python installation lacks; use the path"):
+        load_text("builtin", "calibration")
+
+
+@pytest.fixture
+def fake_datasets(monkeypatch):
+    """A stand-in for the `datasets` package: records its calls and answers with `answer`."""
+    module = types.ModuleType("datasets")
+    module.calls = []
+    module.answer = lambda: None
+
+    def load_dataset(*args, **kwargs):
+        module.calls.append((args, kwargs))
+        return module.answer()
+
+    module.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    return module
+
+
+@pytest.mark.parametrize(("split", "part"), [("calibration", "train"), ("evaluation", "test")])
+def test_wikitext2_joins_the_lines_of_its_part(fake_datasets, split, part):
+    fake_datasets.answer = lambda: {"text": ["", " = Title = \n", "words \n"]}
+    found = load_text("wikitext2", split)
+    assert found.text == "\n\n = Title = \n\n\nwords \n"
+    assert fake_datasets.calls == [(("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": part})]
+    assert part in found.description
+    assert found.max_tokens is None
+
+
+def test_c4_evaluation_is_c4_new(fake_datasets):
+    fake_datasets.answer = lambda: ({"text": f"d{i}"} for i in range(5000))
+    found = load_text("c4", "evaluation")
+    assert found.text == " ".join(f"d{i}" for i in range(1100))
+    assert found.max_tokens == 256 * 2048
+    assert "c4-new" in found.description
+    ((name,), options), *rest = fake_datasets.calls
+    assert not rest
+    assert name == "allenai/c4"
+    assert options["streaming"]
+    assert options["data_files"] == {"validation": "en/c4-validation.00000-of-00008.json.gz"}
+
+
+def test_c4_calibration_stops_reading_the_stream(fake_datasets):
+    def stream():
+        for index in range(corpus.C4_CALIBRATION_DOCUMENTS):
+            yield {"text": f"d{index}"}
+        pytest.fail("read more documents than wanted")
+
+    fake_datasets.answer = stream
+    found = load_text("c4", "calibration")
+    assert found.text.split("\n\n")[-1] == f"d{corpus.C4_CALIBRATION_DOCUMENTS - 1}"
+    assert fake_datasets.calls[0][1]["data_files"] == {"train": "en/c4-train.00000-of-01024.json.gz"}
+
+
+@pytest.mark.parametrize("dataset", ["wikitext2", "c4"])
+def test_no_network_is_one_message_with_the_remedy(fake_datasets, dataset):
+    def fail():
+        raise ConnectionError("Couldn't reach the Hub\nsecond line")
+
+    fake_datasets.answer = fail
+    with pytest.raises(LlmqError, match="use `--dataset builtin` or the path of a text file") as caught:
+        load_text(dataset, "evaluation")
+    message = str(caught.value)
+    assert message.startswith(f"dataset {dataset} could not be downloaded (ConnectionError: Couldn't reach the Hub)")
+    assert "\n" not in message
+    assert isinstance(caught.value.__cause__, ConnectionError)
+
+
+def test_a_stream_that_breaks_while_read_is_refused_too(fake_datasets):
+    def stream():
+        yield {"text": "d"}
+        raise TimeoutError("late")
+
+    fake_datasets.answer = stream
+    with pytest.raises(LlmqError, match="c4 could not be downloaded"):
+        load_text("c4", "calibration")
+
+
+@pytest.mark.parametrize("answer", [{"text": []}, {"text": ["", ""]}])
+def test_a_corpus_without_text_is_refused(fake_datasets, answer):
+    fake_datasets.answer = lambda: answer
+    with pytest.raises(LlmqError, match="wikitext2 came without any text"):
+        load_text("wikitext2", "evaluation")
+
+
+def test_missing_datasets_package_names_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(LlmqError, match="`pip install datasets`, or use `--dataset builtin`"):
+        load_text("wikitext2", "evaluation")
+
+
+@pytest.mark.parametrize("split", ["calibration", "evaluation"])
+def test_a_file_is_the_same_text_for_both_splits(tmp_path, split):
+    path = tmp_path / "text.txt"
+    path.write_text("zwölf Wörter\n", encoding="utf-8")
+    found = load_text(str(path), split)
+    assert found.text == "zwölf Wörter\n"
+    assert found.name == str(path)
+    assert str(path) in found.description
+
+
+def test_an_unknown_name_lists_the_names():
+    with pytest.raises(LlmqError, match=r"builtin, wikitext2, c4 or the path of a text file; 'wikitext3'"):
+        load_text("wikitext3", "evaluation")
+
+
+def test_a_folder_is_refused(tmp_path):
+    with pytest.raises(LlmqError, match="is a folder; give a file in it"):
+        load_text(str(tmp_path), "evaluation")
+
+
+@pytest.mark.parametrize("content", [b"", b" \n\n"])
+def test_an_empty_file_is_refused(tmp_path, content):
+    path = tmp_path / "empty.txt"
+    path.write_bytes(content)
+    with pytest.raises(LlmqError, match=r"empty\.txt is empty; use `--dataset builtin`"):
+        load_text(str(path), "calibration")
+
+
+def test_a_file_that_is_not_utf8_is_refused_with_the_byte(tmp_path):
+    path = tmp_path / "latin.txt"
+    path.write_bytes("zwölf".encode("latin-1"))
+    with pytest.raises(LlmqError, match=r"latin\.txt is not \(byte 2\); convert it"):
+        load_text(str(path), "calibration")
+
+
+def test_jsonl_is_refused_by_name(tmp_path):
+    path = tmp_path / "chat.jsonl"
+    path.write_text('{"text": "a"}\n', encoding="utf-8")
+    with pytest.raises(LlmqError, match=r"\.jsonl is not supported yet"):
+        load_text(str(path), "calibration")
+
+
+def test_an_unknown_split_is_refused():
+    with pytest.raises(LlmqError, match="calibration or evaluation; got 'test'"):
+        load_text("builtin", "test")

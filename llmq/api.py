@@ -1,0 +1,234 @@
+"""The public verbs, composed from the layers below: `quantize`, `preview`, `load`, `enable`, `disable`, `explain`.
+
+    quantize   source -> plan -> calibration windows -> blocks one at a time -> staged checkpoint -> Report
+    preview    the same plan from shapes alone: every tensor before and after, totals, predicted peak memory
+    load ...   `llmq.hf.serving`
+
+transformers is imported when a verb is called, never at import.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llmq import calibration as calibrating
+from llmq.blocks import Captured, capture
+from llmq.checkpoint.writer import StagedCheckpoint
+from llmq.config import Calibration, QuantConfig, method
+from llmq.core.quantized import QuantizedWeight
+from llmq.errors import LlmqError
+from llmq.eval.corpus import load_text
+from llmq.formats import compressed_tensors as ct
+from llmq.pipeline import LinearReport, Step, quantize_blocks
+from llmq.plan import Plan, make_plan
+from llmq.report import FILE, Report, peak_rss_bytes
+from llmq.sizing import Preview, make_preview, planned_specs
+
+if TYPE_CHECKING:
+    from llmq.hf.source import Source
+
+TOKENS_PER_BATCH = 4096
+PROBE_TOKENS = 16
+
+
+def quantize(
+    source: Any,
+    output: str | Path,
+    config: QuantConfig | None = None,
+    calibration: Calibration | Tensor | None = None,
+    *,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+    device: str = "auto",
+    revision: str | None = None,
+    progress: Callable[[Step], None] = lambda step: None,
+) -> Report:
+    """Quantize a causal LM into a compressed-tensors checkpoint folder.
+
+    source: a folder of safetensors, a hub repo id, a GGUF file, or a loaded transformers model (which is not changed).
+    output: the folder to make; it appears complete or not at all.
+    calibration: which text (default: the built-in one), or token ids int64 [windows, tokens] used as they are. Methods
+        without data take none.
+    max_shard_size: as in `save_pretrained`. device: `auto` is CUDA where there is one, else the CPU.
+    Raises `LlmqError` for every broken rule, before any work where that is possible.
+    """
+    from llmq.hf.source import open_source
+
+    began = time.perf_counter()
+    config = config or QuantConfig()
+    opened = open_source(source, dtype=config.dtype, device=pick_device(device), revision=revision)
+    plan = make_plan(opened.model, config)
+    windows, told = _windows(opened, config, calibration)
+    specs = planned_specs(opened, plan)
+    with StagedCheckpoint(Path(output), specs, max_shard_size, overwrite) as staged:
+        rows = _run(opened, plan, config, windows, staged, progress)
+        opened.write_side_files(staged.folder, quantization_config(opened, plan, config))
+        report = Report(
+            output=str(output),
+            source=opened.description,
+            config=config,
+            dtype=str(opened.dtype).removeprefix("torch."),
+            seconds=time.perf_counter() - began,
+            peak_rss_bytes=peak_rss_bytes(),
+            bits_per_weight=bits_per_weight(plan, opened.dtype),
+            checkpoint_bytes=sum(spec.nbytes for spec in specs.values()),
+            calibration=told,
+            fallbacks=tuple(f"{row.name}: {note}" for row in rows for note in row.notes),
+            notes=tuple(opened.notes),
+            versions=_versions(),
+            layers=tuple(rows),
+        )
+        (staged.folder / FILE).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+        staged.commit()
+    return report
+
+
+def preview(
+    source: Any,
+    config: QuantConfig | None = None,
+    calibration: Calibration | None = None,
+    *,
+    revision: str | None = None,
+) -> Preview:
+    """What `quantize` would write and need, from headers and shapes alone: no weight is read, nothing is written."""
+    from llmq.hf.source import open_source
+
+    config = config or QuantConfig()
+    opened = open_source(source, dtype=config.dtype, device="cpu", revision=revision)
+    plan = make_plan(opened.model, config)
+    calibration = calibration or Calibration()
+    tokens = calibration.num_samples * calibration.seq_len if method(config.method).calibrated else 0
+    return make_preview(opened, plan, tokens)
+
+
+def load(path: str | Path, kernel: str | None = None, **kwargs: Any) -> Any:
+    """A quantized checkpoint as a transformers model whose linears stay packed. See `llmq.hf.serving.load`."""
+    from llmq.hf import serving
+
+    return serving.load(path, kernel=kernel, **kwargs)
+
+
+def enable() -> None:
+    """Make `AutoModelForCausalLM.from_pretrained` (pipelines, lm-eval, ...) load our checkpoints packed, as `load` does."""
+    from llmq.hf import serving
+
+    serving.enable()
+
+
+def disable() -> None:
+    """Undo `enable`."""
+    from llmq.hf import serving
+
+    serving.disable()
+
+
+def explain(model: nn.Module) -> Any:
+    """Which kernel runs each quantized linear of a loaded model, and why the others do not."""
+    from llmq.hf import serving
+
+    return serving.explain(model)
+
+
+def pick_device(device: str) -> str:
+    """`auto` -> `cuda` where there is one, else `cpu`; anything else is taken as it is, if torch knows it."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise LlmqError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _windows(
+    source: Source, config: QuantConfig, calibration: Calibration | Tensor | None
+) -> tuple[Tensor, dict[str, Any] | None]:
+    """Token windows [n, tokens], and what the report says of them."""
+    if not method(config.method).calibrated:
+        return torch.arange(PROBE_TOKENS).remainder(source.config.get_text_config().vocab_size)[None], None
+    if isinstance(calibration, Tensor):
+        windows, name = calibration, "token ids"
+        if windows.ndim != 2 or windows.dtype != torch.int64 or not windows.numel():
+            raise LlmqError(
+                f"calibration token ids must be int64 [windows, tokens]; got {windows.dtype} {windows.shape}"
+            )
+    else:
+        asked = calibration or Calibration()
+        corpus = load_text(asked.dataset, "calibration")
+        ids = calibrating.tokenize(source.tokenizer(), corpus.text)
+        context = getattr(source.config.get_text_config(), "max_position_embeddings", None) or asked.seq_len
+        windows = calibrating.windows(ids, asked.num_samples, min(asked.seq_len, context), asked.seed)
+        name = corpus.name
+    count, length = windows.shape
+    return windows, {"dataset": name, "windows": count, "seq_len": length, "tokens": count * length}
+
+
+def _run(
+    source: Source,
+    plan: Plan,
+    config: QuantConfig,
+    windows: Tensor,
+    staged: StagedCheckpoint,
+    progress: Callable[[Step], None],
+) -> list[LinearReport]:
+    """Capture, then quantize block by block, writing each as it is done."""
+    source.load_outer()
+    for name, tensor in source.outer_tensors():
+        staged.write(name, tensor)
+
+    def sink(index: int, block: nn.Module, codes: dict[str, QuantizedWeight]) -> None:
+        dense = {f"{source.checkpoint_name(name)}.weight": weight for name, weight in codes.items()}
+        for name, tensor in source.block_tensors(index):
+            if name not in dense:
+                staged.write(name, tensor)
+        for name, weight in dense.items():
+            for suffix, tensor in ct.encode(weight).items():
+                staged.write(f"{name.removesuffix('weight')}{suffix}", tensor)
+
+    captured = _capture(source, windows)
+    return quantize_blocks(source, captured, plan, config, source.dtype, sink, progress)
+
+
+def _capture(source: Source, windows: Tensor) -> Captured:
+    """Every block's inputs and arguments; batches of a fixed number of tokens, so that results never depend on memory."""
+    batches = torch.split(windows, max(1, TOKENS_PER_BATCH // windows.shape[1]))
+    device = source.device
+
+    def run(ids: Tensor) -> object:
+        return source.model.base_model(input_ids=ids.to(device), use_cache=False)
+
+    return capture(source.model, run, batches)
+
+
+def quantization_config(source: Source, plan: Plan, config: QuantConfig) -> dict[str, Any]:
+    """config.json's `quantization_config`, with what made it as a top-level key that every reader ignores."""
+    grids = {source.checkpoint_name(name): row.grid for name, row in plan.linears.items()}
+    # Both names where they differ: engines match the files' names, transformers the modules'.
+    ignored = list(dict.fromkeys(n for name in plan.ignored for n in (source.checkpoint_name(name), name)))
+    ordered = config.method == "gptq"
+    return ct.config(grids, ignored, ordered) | {"llmq": {"version": _versions()["llmq"], **config.to_dict()}}
+
+
+def bits_per_weight(plan: Plan, dtype: torch.dtype) -> float:
+    """Stored bits per weight of the quantized linears, scales and zero points included."""
+    stored = weights = 0
+    for row in plan.linears.values():
+        stored += sum(
+            spec.nbytes for key, spec in ct.specs(row.shape, row.grid, dtype).items() if key != "weight_shape"
+        )
+        weights += row.shape[0] * row.shape[1]
+    return 8 * stored / weights
+
+
+def _versions() -> dict[str, str]:
+    packages = ("llmq", "torch", "transformers", "safetensors")
+    return {name: version(name) for name in packages} | {"python": platform.python_version()}

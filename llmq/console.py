@@ -1,0 +1,204 @@
+"""What the commands print: tables and progress on the terminal, one JSON line last. No arithmetic beyond formatting.
+
+Tables and next steps go to stdout, progress and errors to stderr. On a terminal progress is a live line; elsewhere it
+is one plain line a block, so that a log file shows where a run stands.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from llmq.eval.perplexity import Perplexity
+    from llmq.pipeline import LinearReport, Step
+    from llmq.report import Report
+    from llmq.sizing import Preview
+
+
+def make_console(quiet: bool) -> Console:
+    """A console on stdout; silent when `quiet`."""
+    return Console(quiet=quiet, highlight=False, soft_wrap=False)
+
+
+def print_json(value: object) -> None:
+    """One line of JSON on stdout: the last line of every command."""
+    sys.stdout.flush()
+    print(json.dumps(value), flush=True)
+
+
+def size(count: float | None) -> str:
+    """Bytes in words, decimal units: 1.23 GB."""
+    if count is None:
+        return "-"
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
+
+
+@contextmanager
+def block_progress(quiet: bool) -> Iterator[Callable[[Step], None]]:
+    """Shows block i/N, the linear, the time left and the memory while open."""
+    from llmq.report import peak_rss_bytes
+
+    if quiet:
+        yield lambda step: None
+        return
+    if not sys.stderr.isatty():
+        began = time.perf_counter()
+
+        def line(step: Step) -> None:
+            if step.linear is None:
+                passed = time.perf_counter() - began
+                left = f", {passed / step.block * (step.blocks - step.block):.0f} s left" if step.block else ""
+                memory = size(peak_rss_bytes())
+                print(
+                    f"block {step.block + 1}/{step.blocks}: {passed:.0f} s{left}, {memory}", file=sys.stderr, flush=True
+                )
+
+        yield line
+        return
+    columns = (
+        TextColumn("block"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[memory]}"),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading", total=None, memory="")
+
+        def update(step: Step) -> None:
+            name = step.linear or "observing"
+            memory = size(peak_rss_bytes())
+            bar.update(task, total=step.blocks, completed=step.block, description=name, memory=memory)
+
+        yield update
+
+
+@contextmanager
+def window_progress(quiet: bool, label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar over evaluation windows while open; silent when `quiet` or not on a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def print_report(console: Console, report: Report) -> None:
+    """The layer table and totals of a quantization, then the commands to run next."""
+    calibrated = report.calibration is not None
+    what = "output error" if calibrated else "weight error"
+    table = Table(title=f"{report.source}: {report.config.method}, {what} beside RTN's (share of the output's energy)")
+    for heading in ("linear", what, "RTN", "ratio", "end codes", "clipped", "group", "s"):
+        table.add_column(heading, justify="left" if heading == "linear" else "right", no_wrap=True)
+    for name, rows in _by_kind(report.layers).items():
+        table.add_row(name, *_averages(rows))
+    console.print(table)
+    if report.calibration:
+        told = report.calibration
+        console.print(f"calibrated on {told['windows']} windows of {told['seq_len']} tokens of {told['dataset']}")
+    for note in (*report.notes, *_shortened(report.fallbacks)):
+        console.print(f"note: {note}", markup=False)
+    console.print(
+        f"{len(report.layers)} linears at {report.bits_per_weight:.3f} bits per weight, "
+        f"{size(report.checkpoint_bytes)} on disk, {report.seconds:.1f} s, peak memory {size(report.peak_rss_bytes)}"
+    )
+    console.print(f"every layer: {report.output}/llmq_report.json\nnext:", markup=False)
+    for command in (
+        f"llmq evaluate {report.output}",
+        f'llmq generate {report.output} --prompt "Why is the sky blue?"',
+        f"vllm serve {report.output}",
+    ):
+        console.print(f"  {command}", markup=False, soft_wrap=True)
+
+
+def _by_kind(layers: Sequence[LinearReport]) -> dict[str, list[LinearReport]]:
+    """Layers under their name with the block's number taken out: one row a kind, and the worst layer last."""
+    kinds: dict[str, list[LinearReport]] = {}
+    for row in layers:
+        parts = row.name.split(".")
+        index = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+        kinds.setdefault(".".join(parts[index + 1 :]), []).append(row)
+    named = {f"{name} (mean of {len(rows)})": rows for name, rows in kinds.items()}
+    worst = max(layers, key=lambda row: row.error)
+    return {**named, f"worst: {worst.name}": [worst]}
+
+
+def _averages(rows: Sequence[LinearReport]) -> list[str]:
+    def mean(values: Sequence[float]) -> float:
+        return sum(values) / len(values)
+
+    error, baseline = mean([r.error for r in rows]), mean([r.rtn_error for r in rows])
+    groups = sorted({str(r.group_size or "channel") for r in rows})
+    return [
+        f"{error:.5f}",
+        f"{baseline:.5f}",
+        f"{error / baseline:.2f}" if baseline else "-",
+        f"{mean([r.ends for r in rows]):.1%}",
+        f"{mean([r.clipped for r in rows]):.1%}",
+        "/".join(groups),
+        f"{sum(r.seconds for r in rows):.1f}",
+    ]
+
+
+def _shortened(lines: Sequence[str], most: int = 6) -> list[str]:
+    return (
+        [*lines[:most], f"... and {len(lines) - most} more in llmq_report.json"] if len(lines) > most else list(lines)
+    )
+
+
+def print_preview(console: Console, preview: Preview) -> None:
+    """Every tensor before and after, the totals, and the predicted peak memory by part."""
+    table = Table(title="what would be written")
+    for heading in ("tensor", "shape", "before", "after", "as"):
+        table.add_column(heading, justify="left" if heading in ("tensor", "as") else "right", no_wrap=True)
+    for row in preview.rows:
+        shape = " x ".join(map(str, row.shape))
+        table.add_row(row.name, shape, size(row.before), size(row.after), row.becomes)
+    console.print(table)
+    for note in preview.notes:
+        console.print(f"note: {note}", markup=False)
+    share = preview.after / preview.before
+    console.print(f"{size(preview.before)} becomes {size(preview.after)} ({share:.0%})")
+    parts = ", ".join(f"{name} {size(count)}" for name, count in preview.memory.items() if count)
+    console.print(f"predicted peak memory {size(preview.peak)}: {parts}")
+
+
+def print_perplexities(console: Console, results: Sequence[tuple[str, Perplexity, dict[str, Any]]]) -> None:
+    """One row a model, with the difference to the first and its standard error over the same windows."""
+    from llmq.eval.perplexity import paired_difference
+
+    first = results[0][1]
+    _, _, told = results[0]
+    table = Table(title=f"perplexity on {told['dataset']}, {first.windows} windows of {first.window}, {told['dtype']}")
+    for heading in ("model", "perplexity", "± s.e.", "to the first", "± s.e.", "bits/byte", "s"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for name, result, _ in results:
+        cells = ["", ""]
+        if result is not first:
+            difference, error = paired_difference(first, result)
+            cells = [f"{difference:+.3f}", _decimals(error)]
+        bits = f"{result.bits_per_byte:.4f}" if result.bits_per_byte else "-"
+        table.add_row(name, f"{result.value:.3f}", _decimals(result.stderr), *cells, bits, f"{result.seconds:.1f}")
+    console.print(table)
+    for note in dict.fromkeys(note for _, result, _ in results for note in result.notes):
+        console.print(f"note: {note}", markup=False)
+
+
+def _decimals(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,128 @@
+"""What the commands `evaluate` and `generate` do: load any model, plain or quantized, and measure it or let it write."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmq.api import load, pick_device
+from llmq.calibration import tokenize
+from llmq.errors import LlmqError
+from llmq.eval.corpus import load_text
+from llmq.eval.perplexity import Perplexity, perplexity
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def open_model(source: Any, dtype: torch.dtype, device: str = "cpu", revision: str | None = None) -> tuple[Any, Any]:
+    """(model, tokenizer) of a folder, repo id or GGUF value, plain or quantized; every float in `dtype`."""
+    from transformers import AutoTokenizer
+
+    from llmq.hf.parts import quiet
+    from llmq.hf.serving import is_quantized
+    from llmq.hf.source import open_source
+
+    path = isinstance(source, (str, Path)) and not str(source).endswith(".gguf")
+    hub = {"revision": revision} if revision else {}
+    if path:
+        try:
+            with quiet():
+                packed = is_quantized(source, **hub)
+        except (OSError, ValueError):
+            packed = False  # `open_source` below says what is wrong with it
+        if packed:
+            with quiet():
+                model = load(source, dtype=dtype, **hub).to(device)
+                return model.eval(), AutoTokenizer.from_pretrained(source, **hub)
+    name = next(key for key, kind in DTYPES.items() if kind == dtype)
+    opened = open_source(source, dtype=name, device=device, revision=revision)
+    opened.load_outer()
+    for index in range(len(opened)):
+        opened.load_block(index)
+    return opened.model.eval(), opened.tokenizer()
+
+
+def perplexity_of(
+    source: Any,
+    *,
+    dataset: str = "builtin",
+    window: int = 2048,
+    limit: int | None = None,
+    batch_size: int = 1,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Perplexity, dict[str, Any]]:
+    """The perplexity of a model on a text, and the same as JSON values. dtype `auto`: float32 on a CPU, else bfloat16."""
+    corpus = load_text(dataset, "evaluation")
+    place = pick_device(device)
+    kind = _dtype(dtype, place)
+    model, tokenizer = open_model(source, kind, place, revision)
+    result = perplexity(model, tokenize(tokenizer, corpus.text), window, limit, batch_size, progress, tokenizer)
+    told = {
+        "perplexity": result.value,
+        "stderr": result.stderr,
+        "bits_per_byte": result.bits_per_byte,
+        "tokens": result.tokens,
+        "windows": result.windows,
+        "window": result.window,
+        "dataset": corpus.name,
+        "dtype": str(kind).removeprefix("torch."),
+        "protocol": result.protocol,
+        "seconds": round(result.seconds, 2),
+    }
+    return result, told
+
+
+def generate_text(
+    source: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    raw: bool = False,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    stream: bool = True,
+) -> dict[str, Any]:
+    """Greedy text, streamed to stdout where asked; through the chat template unless `raw` or there is none."""
+    from transformers import TextStreamer
+
+    if max_new_tokens < 1:
+        raise LlmqError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
+    place = pick_device(device)
+    model, tokenizer = open_model(source, DTYPES.get(dtype, torch.bfloat16), place, revision)
+    if raw or not getattr(tokenizer, "chat_template", None):
+        inputs = tokenizer(prompt, return_tensors="pt")
+    else:
+        turn = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    ids = inputs["input_ids"].to(place)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    began = time.perf_counter()
+    with torch.inference_mode():
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            streamer=streamer,
+        )
+    seconds = time.perf_counter() - began
+    new = out[0, ids.shape[1] :]
+    return {
+        "text": tokenizer.decode(new, skip_special_tokens=True),
+        "prompt_tokens": ids.shape[1],
+        "new_tokens": len(new),
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(len(new) / seconds, 2),
+    }
+
+
+def _dtype(name: str, device: str) -> torch.dtype:
+    return DTYPES.get(name, torch.float32 if device == "cpu" else torch.bfloat16)

@@ -1,0 +1,112 @@
+"""What a run will write and need, computed from names, shapes and dtypes: `--dry-run`, and the writer's plan.
+
+Predicted peak memory is the sum of what is alive at the worst moment, each part named:
+
+    process       this process as it stands, libraries loaded
+    outer         embeddings, final norm, output head
+    block         the largest block, twice: as loaded, and as the float32 weight being rounded
+    moments       three K x K float32 matrices for the widest input (sum, Hessian, factor)
+    activations   the blocks' inputs and outputs for every calibration token
+    inside        what suspended forwards hold inside the block (at most `blocks.PAUSED_BYTES`)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from llmq.blocks import PAUSED_BYTES
+from llmq.formats import compressed_tensors as ct
+from llmq.formats.compressed_tensors import TensorSpec
+from llmq.plan import Plan
+from llmq.report import peak_rss_bytes
+
+if TYPE_CHECKING:
+    from llmq.hf.source import Source
+
+
+@dataclass(frozen=True)
+class PreviewRow:
+    """One tensor of the source and what it becomes: shape, bytes before and after, and the grid in words."""
+
+    name: str
+    shape: tuple[int, ...]
+    before: int
+    after: int
+    becomes: str
+
+
+@dataclass(frozen=True)
+class Preview:
+    """rows: every tensor. memory: predicted peak bytes by part (see the module). notes: what is not done as asked."""
+
+    rows: tuple[PreviewRow, ...]
+    memory: dict[str, int]
+    notes: tuple[str, ...]
+
+    @property
+    def before(self) -> int:
+        return sum(row.before for row in self.rows)
+
+    @property
+    def after(self) -> int:
+        return sum(row.after for row in self.rows)
+
+    @property
+    def peak(self) -> int:
+        return sum(self.memory.values())
+
+
+def planned_specs(source: Source, plan: Plan) -> dict[str, TensorSpec]:
+    """Every tensor of the checkpoint to be written, in the order of the source's own."""
+    specs: dict[str, TensorSpec] = {}
+    for name, (module_name, spec) in source.tensor_plan().items():
+        specs.update(_becomes(name, module_name, spec, plan, source))
+    return specs
+
+
+def _becomes(name: str, module_name: str, spec: TensorSpec, plan: Plan, source: Source) -> Mapping[str, TensorSpec]:
+    planned = plan.linears.get(module_name.removesuffix(".weight")) if module_name.endswith(".weight") else None
+    if planned is None:
+        return {name: spec}
+    local = ct.specs(planned.shape, planned.grid, source.dtype)
+    return {f"{name.removesuffix('weight')}{suffix}": stored for suffix, stored in local.items()}
+
+
+def make_preview(source: Source, plan: Plan, tokens: int) -> Preview:
+    """The preview of a run over `tokens` calibration tokens (0 for a data-free method)."""
+    rows = []
+    for name, (module_name, spec) in source.tensor_plan().items():
+        planned = plan.linears.get(module_name.removesuffix(".weight"))
+        stored = _becomes(name, module_name, spec, plan, source)
+        becomes = str(spec.dtype).removeprefix("torch.")
+        if planned is not None and module_name.endswith(".weight"):
+            becomes = f"int{planned.grid.bits} " + (
+                f"g{planned.grid.group_size}" if planned.grid.group_size else "channel"
+            )
+        rows.append(PreviewRow(name, spec.shape, spec.nbytes, sum(s.nbytes for s in stored.values()), becomes))
+    notes = [f"{row.name}: {row.note}" for row in plan.linears.values() if row.note]
+    return Preview(tuple(rows), _memory(source, plan, tokens), (*source.notes, *notes))
+
+
+def _memory(source: Source, plan: Plan, tokens: int) -> dict[str, int]:
+    blocks = [source.model.get_submodule(name) for name in plan.blocks]
+    size = source.dtype.itemsize
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    outer = sum(p.numel() for p in source.model.parameters() if id(p) not in inside) * size
+    largest = max(sum(p.numel() for p in block.parameters()) for block in blocks) * size
+    wide = max(row.shape[1] for row in plan.linears.values())
+    widths = sum(m.out_features for m in blocks[0].modules() if isinstance(m, nn.Linear))
+    hidden = source.config.get_text_config().hidden_size
+    held = tokens * (widths + 4 * hidden) * size
+    return {
+        "process": peak_rss_bytes() or 0,
+        "outer": outer,
+        "block": 2 * largest,
+        "moments": 3 * 4 * wide * wide if tokens else 0,
+        "activations": 2 * tokens * hidden * size,
+        "inside": held if held <= PAUSED_BYTES else 0,
+    }

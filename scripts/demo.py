@@ -1,0 +1,54 @@
+"""`make demo`: quantize the embedded model with RTN and GPTQ, compare, and let the result answer a question.
+
+The model comes from a 4-bit file and is dequantized first, so its weights already lie on a grid of 16 levels. The same
+is therefore done with a copy in general position (`llmq.demo`), on which the comparison of methods is a fair one.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from llmq.cli import guarded, open_named
+from llmq.console import block_progress, make_console, print_json, print_perplexities, window_progress
+
+OUT = Path("demo-out")
+WINDOWS, SEQ_LEN, EVALUATED = 16, 512, 12
+NAMES = {"demo": "the model as shipped (out of a 4-bit file)", "demo-general": "its copy in general position"}
+
+
+def main() -> None:
+    import llmq
+    from llmq.evaluation import generate_text, perplexity_of
+
+    console = make_console(quiet=False)
+    lines = []
+    for model, words in NAMES.items():
+        console.print(f"\n{words}", style="bold")
+        paths = {}
+        for method in ("rtn", "gptq"):
+            paths[method] = OUT / f"{model}-{method}"
+            with block_progress(not sys.stderr.isatty()) as progress:
+                report = llmq.quantize(
+                    open_named(model),
+                    paths[method],
+                    llmq.QuantConfig(method=method, group_size=64),
+                    llmq.Calibration("builtin", WINDOWS, SEQ_LEN),
+                    overwrite=True,
+                    progress=progress,
+                )
+            console.print(f"{method}: {report.seconds:.0f} s -> {paths[method]}")
+        results = []
+        for name, source in (("original", open_named(model)), ("rtn", paths["rtn"]), ("gptq", paths["gptq"])):
+            with window_progress(False, name) as seen:
+                result, told = perplexity_of(source, window=SEQ_LEN, limit=EVALUATED, progress=seen)
+            results.append((name, result, told))
+            lines.append({"model": f"{model} {name}", **told})
+        print_perplexities(console, results)
+    console.print("\nthe GPTQ model answers:", style="bold")
+    generate_text(OUT / "demo-gptq", "Why is the sky blue?", max_new_tokens=60)
+    print_json(lines)
+
+
+if __name__ == "__main__":
+    guarded(main)

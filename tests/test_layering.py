@@ -1,0 +1,83 @@
+"""Arrows point down only: every import inside the project against one table of allowed edges."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# layer -> layers that it may import; `errors` and `config` are open to all. torch is not listed; transformers is hf's.
+EDGES: dict[str, set[str]] = {
+    "errors": set(),
+    "config": set(),
+    "core": set(),
+    "kernels": {"core"},
+    "eval": set(),
+    "methods": {"core"},
+    "formats": {"core"},
+    "blocks": set(),
+    "statistics": set(),
+    "topology": {"blocks"},
+    "calibration": set(),
+    "demo": set(),
+    "plan": {"blocks", "core", "formats"},
+    "pipeline": {"blocks", "core", "methods", "plan", "statistics", "topology"},
+    "checkpoint": {"core", "formats"},
+    "linear": {"kernels", "formats", "core"},
+    "hf": {"linear", "checkpoint", "formats", "blocks", "core", "demo"},
+    "report": {"pipeline"},
+    "sizing": {"blocks", "formats", "plan", "report", "hf"},
+    "api": {
+        *("blocks", "calibration", "checkpoint", "core", "eval", "formats", "hf"),
+        *("pipeline", "plan", "sizing", "report"),
+    },
+    "evaluation": {"api", "calibration", "eval", "hf"},
+    "console": {"eval", "pipeline", "sizing", "report"},
+    "cli": {"api", "console", "demo", "evaluation", "hf"},
+    "__init__": {"api"},
+}
+OPEN = {"errors", "config"}
+HEAVY = {"transformers": {"hf", "evaluation"}, "datasets": {"eval"}, "triton": {"kernels"}}
+
+
+def modules() -> list[tuple[str, Path]]:
+    found = []
+    for folder, layer in ((ROOT / "kernels", "kernels"), (ROOT / "eval", "eval")):
+        found += [(layer, file) for file in sorted(folder.glob("*.py"))]
+    for file in sorted((ROOT / "llmq").rglob("*.py")):
+        parts = file.relative_to(ROOT / "llmq").with_suffix("").parts
+        if parts[0] not in ("kernels", "eval"):
+            found.append((parts[0], file))
+    return found
+
+
+def imported(file: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{file}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize(("layer", "file"), modules(), ids=lambda value: getattr(value, "stem", value))
+def test_imports_follow_the_table(layer: str, file: Path) -> None:
+    for name in imported(file):
+        root, _, rest = name.partition(".")
+        if root == "llmq":
+            target = rest.split(".")[0]
+            allowed = EDGES[layer] | OPEN | {layer}
+            assert target in allowed or target not in EDGES, f"{layer} may not import llmq.{target}"
+        elif root in HEAVY:
+            assert layer in HEAVY[root], f"{layer} may not import {root}"
+
+
+def test_kernels_and_eval_are_folders_without_init_behind_symlinks() -> None:
+    for name in ("kernels", "eval"):
+        assert (ROOT / "llmq" / name).is_symlink()
+        assert not (ROOT / name / "__init__.py").exists()

@@ -65,6 +65,8 @@ def quantize(
 
     began = time.perf_counter()
     config = config or QuantConfig()
+    if isinstance(source, (str, Path)) and Path(output).resolve() == Path(source).resolve():
+        raise LlmqError(f"output must not be the source folder itself; got {output}")
     opened = open_source(source, dtype=config.dtype, device=pick_device(device), revision=revision)
     plan = make_plan(opened.model, config)
     windows, told = _windows(opened, config, calibration)

@@ -24,9 +24,13 @@ if TYPE_CHECKING:
     from llmq.sizing import Preview
 
 
+LOG_WIDTH = 140  # where output goes to a file, and no terminal says how wide it is
+
+
 def make_console(quiet: bool) -> Console:
     """A console on stdout; silent when `quiet`."""
-    return Console(quiet=quiet, highlight=False, soft_wrap=False)
+    width = None if sys.stdout.isatty() else LOG_WIDTH
+    return Console(quiet=quiet, highlight=False, soft_wrap=False, width=width)
 
 
 def print_json(value: object) -> None:

@@ -63,7 +63,8 @@ def perplexity_of(
     place = pick_device(device)
     kind = _dtype(dtype, place)
     model, tokenizer = open_model(source, kind, place, revision)
-    result = perplexity(model, tokenize(tokenizer, corpus.text), window, limit, batch_size, progress, tokenizer)
+    ids = tokenize(tokenizer, corpus.text)[: corpus.max_tokens]
+    result = perplexity(model, ids, window, limit, batch_size, progress, tokenizer)
     told = {
         "perplexity": result.value,
         "stderr": result.stderr,

@@ -101,7 +101,8 @@ class QuantLinear(nn.Module):
         key = (kernel.NAME, dtype, self.weight_packed.data_ptr())
         if key not in self._runtime:
             self._runtime.clear()
-            self._runtime[key] = kernel.prepare(self.packed(dtype))
+            with torch.inference_mode(False):  # or it could not be used outside of it later
+                self._runtime[key] = kernel.prepare(self.packed(dtype))
         return self._runtime[key]
 
     def quantized_weight(self) -> QuantizedWeight:

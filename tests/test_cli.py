@@ -1,0 +1,121 @@
+"""The commands as a user types them: tables, one JSON line, exit statuses, and an interrupted run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from tests.tiny import VOCAB, tiny_model
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = " ".join(f"w{(i * 7919 + i // 3) % (VOCAB - 4)}" for i in range(4000))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model folder with a word tokenizer, and a text."""
+    folder = tmp_path_factory.mktemp("source")
+    tiny_model("llama").save_pretrained(folder / "model")
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i + 3 for i in range(VOCAB - 4)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder / "model")
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+def run(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / f"{arguments[0]}.py"), *map(str, arguments[1:])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def last(done: subprocess.CompletedProcess[str]):  # type: ignore[no-untyped-def]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_quantize_evaluate_generate(source: Path, tmp_path: Path) -> None:
+    common = ("--dataset", source / "text.txt")
+    calibration = ("--num_samples", 8, "--seqlen", 64, "--group-size", 32)  # `_` and the short alias are accepted
+    told = last(run("quantize", source / "model", "-o", tmp_path / "out", *calibration, *common))
+    wanted = "output method bits group_size symmetric seconds peak_rss_bytes linears bits_per_weight checkpoint_bytes fallbacks"
+    assert set(wanted.split()) <= set(told)
+    assert told["method"] == "gptq"
+    assert told["linears"] == 28
+    assert told["calibration"]["windows"] == 8
+    report = json.loads((tmp_path / "out" / "llmq_report.json").read_text())
+    assert len(report["layers"]) == 28
+    done = run("evaluate", source / "model", tmp_path / "out", *common, "--window", 64, "--limit", 4)
+    first, second = last(done)
+    assert {"model", "perplexity", "stderr", "tokens", "window", "dataset", "dtype", "seconds"} <= set(first)
+    assert first["perplexity"] != second["perplexity"]
+    assert "to the first" in done.stdout
+    told = last(run("generate", tmp_path / "out", "--prompt", "w1 w2", "--max-new-tokens", 5))
+    assert told["new_tokens"] <= 5
+
+
+def test_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
+    done = run("quantize", source / "model", "-o", tmp_path / "out", "--group-size", 32, "--dry-run")
+    assert not (tmp_path / "out").exists()
+    assert last(done)["after"] < last(done)["before"]
+    assert "int4 g32" in done.stdout
+
+
+BAD = [
+    (("quantize", "/nowhere/model"), "no such folder"),
+    (("quantize", "MODEL", "--group-size", 48), "group_size must divide"),
+    (("quantize", "MODEL", "--bits", 5), "bits"),
+    (("quantize", "MODEL", "--ignore", "re:nothing"), "matches no linear"),
+    (("quantize", "MODEL", "--group-size", 32, "--seq-len", 128, "--dataset", "SHORT"), "the text has 2 tokens"),
+    (("quantize", "MODEL", "--group-size", 32, "--dataset", "/nowhere.txt"), "/nowhere.txt"),
+    (("evaluate", "/nowhere/model"), "no such folder"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_input_is_one_line_and_status_2(source: Path, tmp_path: Path, arguments, message: str) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "short.txt").write_text("w1 w2")
+    names = {"MODEL": source / "model", "SHORT": tmp_path / "short.txt"}
+    out = ("-o", tmp_path / "out") if arguments[0] == "quantize" else ()
+    done = run(*(names.get(a, a) for a in arguments), *out, status=2)
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    arguments = ["--group-size", "32", "--num-samples", "60", "--seq-len", "64", "--dataset", str(source / "text.txt")]
+    script = [sys.executable, str(ROOT / "scripts" / "quantize.py"), str(source / "model"), "-o", str(tmp_path / "out")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([*script, *arguments], stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        while not line.startswith("block"):
+            assert line, "it ended before its first block"
+            line = process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode == 130
+    assert "interrupted: nothing was written" in rest
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_answers_at_once() -> None:
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        run("quantize", "--help")
+        times.append(time.perf_counter() - began)
+    assert min(times) < 1.0

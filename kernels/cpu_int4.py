@@ -18,9 +18,12 @@ from llmq.kernels.problem import Packed, Problem
 
 NAME = "cpu_int4"
 GROUPS = (32, 64, 128, 256)
-MOST_ROWS = 128
-"""Rows of x up to which this op beats the slab kernel. Measured in bfloat16 on 2 cores of an AVX-512 x86 (ms, int4 / slab /
-dense): 4096 x 2048 with 1 row 0.24 / 10.0 / 0.62, 128 rows 12.5 / 13.5 / 5.3, 512 rows 49.7 / 31.3 / 20.4."""
+MOST_ROWS = 96
+"""Rows of x up to which this op beats the slab kernel.
+
+Measured in bfloat16 on 2 cores of an AVX-512 x86, 4096 x 2048 (ms, int4 / slab / dense): 64 rows 6.4 / 8.0 / 3.0,
+128 rows 13.2 / 12.1 / 5.5, 512 rows 49.8 / 27.0 / 20.7; 1 row 0.24 / - / 0.62.
+"""
 
 
 @dataclass(frozen=True)

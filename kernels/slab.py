@@ -42,7 +42,10 @@ def slab(packed: Packed, zeros: Tensor | None, start: int, stop: int, dtype: tor
     """Rows start .. stop - 1 of the dequantized weight, [stop - start, K]; the product of code and scale is in float32."""
     problem = packed.problem
     codes = unpack(packed.weight[start:stop], problem.bits, problem.columns)
-    groups = codes.view(stop - start, -1, problem.group_size).float()
+    # Differences of 8-bit codes need 9 bits; those of fewer fit the codes' own bytes.
+    groups = (codes.to(torch.int16) if problem.bits == 8 else codes.view(torch.int8)).view(
+        stop - start, -1, problem.group_size
+    )
     middle = 1 << (problem.bits - 1)
-    groups = groups - (middle if zeros is None else zeros[start:stop].unsqueeze(-1).float())
-    return (groups * packed.scale[start:stop].float().unsqueeze(-1)).view(stop - start, -1).to(dtype)
+    groups.sub_(middle if zeros is None else zeros[start:stop].unsqueeze(-1).to(groups.dtype))
+    return groups.float().mul_(packed.scale[start:stop].float().unsqueeze(-1)).view(stop - start, -1).to(dtype)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -167,30 +167,33 @@ class _BlockWork:
             target = Target(grid, self._dtype, self._config.scales, self._config.damping)
             try:
                 rounded = rounding(self._config.method)(weight, hessian, target)
-                baseline = rtn(weight, None, Target(grid, self._dtype, "minmax", self._config.damping))
+                plain = replace(target, scales="minmax")
+                is_plain = self._config.method == "rtn" and target == plain
+                baseline = rounded if is_plain else rtn(weight, None, plain)
             except LlmqError as error:
                 raise LlmqError(f"{self._name}.{names[0]}: {error}") from error
+            now = time.perf_counter()
+            seconds, self._since = (now - self._since) / len(names), now
             start = 0
             for name in names:
-                stop = start + self._planned[name].shape[0]
-                self._finish(name, rounded, baseline.weight, slice(start, stop), hessian, tokens, len(names))
-                start = stop
+                rows = slice(start, start + self._planned[name].shape[0])
+                self._finish(name, weight[rows], rounded, baseline.weight, rows, hessian, tokens, seconds)
+                start = rows.stop
 
     def _finish(
         self,
         name: str,
+        weight: Tensor,
         rounded: Rounded,
         baseline: QuantizedWeight,
         rows: slice,
         hessian: Tensor | None,
         tokens: int,
-        shared: int,
+        seconds: float,
     ) -> None:
         planned, linear = self._planned[name], self._linears[name]
         codes = rounded.weight.rows(rows.start, rows.stop)
-        weight = linear.weight.detach().float()
         notes = rounded.notes if planned.note is None else (planned.note, *rounded.notes)
-        now = time.perf_counter()
         self.reports.append(
             LinearReport(
                 planned.name,
@@ -202,13 +205,12 @@ class _BlockWork:
                 _share_at_ends(codes),
                 clipped_share(weight, codes),
                 tokens,
-                (now - self._since) / shared,
+                seconds,
                 notes,
             )
         )
         linear.weight.data.copy_(codes.dequantize(linear.weight.dtype))
         self.codes[planned.name] = codes
-        self._since = now
         self._done(planned.name)
 
     def _refuse_not_finite(self) -> None:

@@ -54,7 +54,7 @@ class QuantLinear(nn.Module):
             nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
         )
         self.register_parameter("bias", kept)
-        self._runtime: dict[tuple[object, ...], Any] = {}
+        self._runtime: dict[tuple[str, torch.dtype], tuple[int, Any]] = {}  # by kernel and dtype: address, layout
 
     @classmethod
     def from_quantized(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> QuantLinear:
@@ -98,12 +98,11 @@ class QuantLinear(nn.Module):
 
     def _prepared(self, kernel: Any, dtype: torch.dtype) -> Any:
         """A kernel's runtime layout of the tensors as they are now (offloading replaces them from call to call)."""
-        key = (kernel.NAME, dtype, self.weight_packed.data_ptr())
-        if key not in self._runtime:
-            self._runtime.clear()
+        key, place = (kernel.NAME, dtype), self.weight_packed.data_ptr()
+        if key not in self._runtime or self._runtime[key][0] != place:
             with torch.inference_mode(False):  # or it could not be used outside of it later
-                self._runtime[key] = kernel.prepare(self.packed(dtype))
-        return self._runtime[key]
+                self._runtime[key] = place, kernel.prepare(self.packed(dtype))
+        return self._runtime[key][1]
 
     def quantized_weight(self) -> QuantizedWeight:
         """The weight as codes, scales and zero points."""

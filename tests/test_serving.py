@@ -66,6 +66,22 @@ def test_saving_and_loading_again_is_exact(tmp_path: Path) -> None:
     assert torch.equal(logits(model), logits(again))
 
 
+def test_linears_of_one_input_share_its_seconds(tmp_path: Path) -> None:
+    report = llmq.quantize(tiny_model("llama"), tmp_path / "a", llmq.QuantConfig(group_size=32), WINDOWS)
+    q, k, v = report.layers[:3]
+    assert q.seconds == k.seconds == v.seconds > 0
+    assert sum(row.seconds for row in report.layers) <= report.seconds
+
+
+def test_prefill_and_decode_keep_their_layouts_side_by_side(tmp_path: Path) -> None:
+    linear = next(m for m in llmq.load(quantized(tmp_path / "a")).modules() if isinstance(m, QuantLinear))
+    for rows in (1, 512, 1):
+        linear(torch.randn(rows, linear.in_features))
+    few = linear._prepared(linear.choice(torch.float32, 1).kernel, torch.float32)
+    linear(torch.randn(512, linear.in_features))
+    assert linear._prepared(linear.choice(torch.float32, 1).kernel, torch.float32) is few
+
+
 def test_two_runs_write_the_same_bytes(tmp_path: Path) -> None:
     files = [(quantized(tmp_path / name) / "model.safetensors").read_bytes() for name in ("a", "b")]
     assert files[0] == files[1]

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ from torch import Tensor, nn
 from llmq.errors import LlmqError
 
 PAUSED_BYTES = 1 << 30
+OUT_OF_ORDER = "linears of a decoder block run in a different order from call to call, which is not supported"
+
+Forward = Callable[[], Tensor]
 
 
 class _Stop(BaseException):
@@ -206,7 +210,7 @@ def _same(value: Any, first: Any) -> Any:
 def replay(block: nn.Module, calls: Sequence[Call], hidden: Sequence[Tensor]) -> list[Tensor]:
     """The block's output for every batch."""
     with torch.no_grad():
-        return [call(block, x) for call, x in zip(calls, hidden, strict=True)]
+        return [forward() for forward in _forwards(block, calls, hidden)]
 
 
 def walk(
@@ -227,8 +231,13 @@ def walk(
     """
     if paused is None:
         paused = _paused_bytes(block, hidden) <= PAUSED_BYTES
+    forwards = _forwards(block, calls, hidden)
     with torch.no_grad():
-        return (_walk_paused if paused else _walk_again)(block, calls, hidden, gates, see, change)
+        return (_walk_paused if paused else _walk_again)(forwards, gates, see, change)
+
+
+def _forwards(block: nn.Module, calls: Sequence[Call], hidden: Sequence[Tensor]) -> list[Forward]:
+    return [partial(call, block, x) for call, x in zip(calls, hidden, strict=True)]
 
 
 def _paused_bytes(block: nn.Module, hidden: Sequence[Tensor]) -> int:
@@ -239,30 +248,26 @@ def _paused_bytes(block: nn.Module, hidden: Sequence[Tensor]) -> int:
 
 
 def _walk_paused(
-    block: nn.Module,
-    calls: Sequence[Call],
-    hidden: list[Tensor],
+    forwards: Sequence[Forward],
     gates: Sequence[nn.Module],
     see: Callable[[int, Tensor], None],
     change: Callable[[int], None],
 ) -> list[Tensor]:
     caller = getcurrent()
-    forwards = [greenlet(lambda call=call, x=x: call(block, x)) for call, x in zip(calls, hidden, strict=True)]
+    suspended = [greenlet(forward) for forward in forwards]
     with _hooked(gates, lambda g, x: caller.switch((g, x))):
         for expected in range(len(gates)):
-            for forward in forwards:
+            for forward in suspended:
                 reached = forward.switch()
                 if not isinstance(reached, tuple) or reached[0] != expected:
-                    raise LlmqError(f"linears of {type(block).__name__} run in a different order from call to call")
+                    raise LlmqError(OUT_OF_ORDER)
                 see(*reached)
             change(expected)
-        return [forward.switch() for forward in forwards]
+        return [forward.switch() for forward in suspended]
 
 
 def _walk_again(
-    block: nn.Module,
-    calls: Sequence[Call],
-    hidden: list[Tensor],
+    forwards: Sequence[Forward],
     gates: Sequence[nn.Module],
     see: Callable[[int, Tensor], None],
     change: Callable[[int], None],
@@ -274,14 +279,14 @@ def _walk_again(
             raise _Stop
 
         with _hooked([gate], stop):
-            for call, x in zip(calls, hidden, strict=True):
+            for forward in forwards:
                 try:
-                    call(block, x)
+                    forward()
                 except _Stop:
                     continue
-                raise LlmqError(f"linears of {type(block).__name__} run in a different order from call to call")
+                raise LlmqError(OUT_OF_ORDER)
         change(index)
-    return replay(block, calls, hidden)
+    return [forward() for forward in forwards]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -189,18 +190,10 @@ def open_named(model: str) -> Any:
     """`demo` and `demo-general` stand for the embedded model and its copy in general position; others for themselves."""
     if model not in DEMO_MODELS or Path(model).exists():
         return model
-    from llmq.demo import demo_source
+    from llmq.demo import demo_source, general_position
 
     source = demo_source()
-    if model == "demo":
-        return source
-    from llmq.demo import general_position
-    from llmq.hf.source import open_source
-
-    opened = open_source(source)
-    general_position(opened.model)
-    opened.model.llmq_tokenizer = opened.tokenizer()
-    return opened.model
+    return source if model == "demo" else replace(source, prepare=general_position)
 
 
 def default_output(model: str, config: QuantConfig) -> Path:

@@ -14,6 +14,7 @@ torch is imported by the one function that needs it: the commands name the defau
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,10 +35,14 @@ Q4_1_STEPS = 15
 
 @dataclass(frozen=True)
 class GgufSource:
-    """A model in a GGUF file: what `from_pretrained(folder, gguf_file=file)` takes."""
+    """A model in a GGUF file: what `from_pretrained(folder, gguf_file=file)` takes.
+
+    prepare: changes the loaded model in place before anything is done with it (`general_position`).
+    """
 
     folder: Path
     file: str
+    prepare: Callable[[nn.Module], None] | None = None
 
 
 def demo_source() -> GgufSource:

@@ -15,10 +15,8 @@ from llmq.errors import LlmqError
 from llmq.eval.corpus import load_text
 from llmq.eval.perplexity import Perplexity, perplexity
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-
-def open_model(source: Any, dtype: torch.dtype, device: str = "cpu", revision: str | None = None) -> tuple[Any, Any]:
+def open_model(source: Any, dtype: str, device: str = "cpu", revision: str | None = None) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder, repo id or GGUF value, plain or quantized; every float in `dtype`."""
     from transformers import AutoTokenizer
 
@@ -38,8 +36,7 @@ def open_model(source: Any, dtype: torch.dtype, device: str = "cpu", revision: s
             with quiet():
                 model = load(source, dtype=dtype, **hub).to(device)
                 return model.eval(), AutoTokenizer.from_pretrained(source, **hub)
-    name = next(key for key, kind in DTYPES.items() if kind == dtype)
-    opened = open_source(source, dtype=name, device=device, revision=revision)
+    opened = open_source(source, dtype=dtype, device=device, revision=revision)
     opened.load_outer()
     for index in range(len(opened)):
         opened.load_block(index)
@@ -61,7 +58,7 @@ def perplexity_of(
     """The perplexity of a model on a text, and the same as JSON values. dtype `auto`: float32 on a CPU, else bfloat16."""
     corpus = load_text(dataset, "evaluation")
     place = pick_device(device)
-    kind = _dtype(dtype, place)
+    kind = ("float32" if place == "cpu" else "bfloat16") if dtype == "auto" else dtype
     model, tokenizer = open_model(source, kind, place, revision)
     ids = tokenize(tokenizer, corpus.text)[: corpus.max_tokens]
     result = perplexity(model, ids, window, limit, batch_size, progress, tokenizer)
@@ -73,7 +70,7 @@ def perplexity_of(
         "windows": result.windows,
         "window": result.window,
         "dataset": corpus.name,
-        "dtype": str(kind).removeprefix("torch."),
+        "dtype": kind,
         "protocol": result.protocol,
         "seconds": round(result.seconds, 2),
     }
@@ -97,7 +94,7 @@ def generate_text(
     if max_new_tokens < 1:
         raise LlmqError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
     place = pick_device(device)
-    model, tokenizer = open_model(source, DTYPES.get(dtype, torch.bfloat16), place, revision)
+    model, tokenizer = open_model(source, "bfloat16" if dtype == "auto" else dtype, place, revision)
     if raw or not getattr(tokenizer, "chat_template", None):
         inputs = tokenizer(prompt, return_tensors="pt")
     else:
@@ -123,7 +120,3 @@ def generate_text(
         "seconds": round(seconds, 3),
         "tokens_per_second": round(len(new) / seconds, 2),
     }
-
-
-def _dtype(name: str, device: str) -> torch.dtype:
-    return DTYPES.get(name, torch.float32 if device == "cpu" else torch.bfloat16)

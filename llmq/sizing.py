@@ -16,12 +16,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from llmq.blocks import PAUSED_BYTES
 from llmq.formats import compressed_tensors as ct
 from llmq.formats.compressed_tensors import TensorSpec
-from llmq.plan import Plan
+from llmq.plan import Plan, Planned
 from llmq.report import peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -64,15 +65,19 @@ def planned_specs(source: Source, plan: Plan) -> dict[str, TensorSpec]:
     """Every tensor of the checkpoint to be written, in the order of the source's own."""
     specs: dict[str, TensorSpec] = {}
     for name, (module_name, spec) in source.tensor_plan().items():
-        specs.update(_becomes(name, module_name, spec, plan, source))
+        specs.update(_becomes(name, spec, _planned(module_name, plan), source.dtype))
     return specs
 
 
-def _becomes(name: str, module_name: str, spec: TensorSpec, plan: Plan, source: Source) -> Mapping[str, TensorSpec]:
-    planned = plan.linears.get(module_name.removesuffix(".weight")) if module_name.endswith(".weight") else None
+def _planned(parameter: str, plan: Plan) -> Planned | None:
+    """The plan of the linear whose weight `parameter` is; None for any other tensor."""
+    return plan.linears.get(parameter.removesuffix(".weight")) if parameter.endswith(".weight") else None
+
+
+def _becomes(name: str, spec: TensorSpec, planned: Planned | None, dtype: torch.dtype) -> Mapping[str, TensorSpec]:
     if planned is None:
         return {name: spec}
-    local = ct.specs(planned.shape, planned.grid, source.dtype)
+    local = ct.specs(planned.shape, planned.grid, dtype)
     return {f"{name.removesuffix('weight')}{suffix}": stored for suffix, stored in local.items()}
 
 
@@ -80,10 +85,10 @@ def make_preview(source: Source, plan: Plan, tokens: int) -> Preview:
     """The preview of a run over `tokens` calibration tokens (0 for a data-free method)."""
     rows = []
     for name, (module_name, spec) in source.tensor_plan().items():
-        planned = plan.linears.get(module_name.removesuffix(".weight"))
-        stored = _becomes(name, module_name, spec, plan, source)
+        planned = _planned(module_name, plan)
+        stored = _becomes(name, spec, planned, source.dtype)
         becomes = str(spec.dtype).removeprefix("torch.")
-        if planned is not None and module_name.endswith(".weight"):
+        if planned is not None:
             becomes = f"int{planned.grid.bits} " + (
                 f"g{planned.grid.group_size}" if planned.grid.group_size else "channel"
             )

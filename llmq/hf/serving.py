@@ -4,8 +4,8 @@ On disk a checkpoint says `compressed-tensors`; stock transformers would decompr
 which patches anything:
 
     load      reads the config, names our own quantizer ("llmq") in it, and calls `from_pretrained` with it
-    enable    puts a dispatching config and quantizer in the place of `compressed-tensors` in transformers' two tables,
-              so that plain `from_pretrained` does the same; schemes that are not ours go on to the stock classes
+    enable    puts a dispatching config class in the place of `compressed-tensors` in transformers' table, so that plain
+              `from_pretrained` does the same; schemes that are not ours go on to the stock classes
 
 Our quantizer overrides the process hooks alone (they are the same from 5.17 on): it puts a `QuantLinear` in the place of
 every linear that the config names, on meta, after checking the files' headers against the shapes that the model implies,
@@ -26,7 +26,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
     register_quantizer,
 )
@@ -41,7 +40,6 @@ from llmq.linear import QuantLinear
 
 OURS = "llmq"
 STOCK_CONFIG = AUTO_QUANTIZATION_CONFIG_MAPPING[ct.NAME]
-STOCK_QUANTIZER = AUTO_QUANTIZER_MAPPING[ct.NAME]
 
 
 @register_quantization_config(OURS)
@@ -72,12 +70,6 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     """Puts `QuantLinear`s into a model before its weights are loaded, and checks them after."""
 
     requires_calibration = True
-
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """It needs nothing beyond torch."""
-
-    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype | None:
-        return dtype
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any

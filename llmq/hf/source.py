@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def open_source(
         return _open_model(source, dtype, device, tokenizer)
     gguf = _gguf_file(source)
     if gguf is not None:
-        return _open_gguf(gguf, dtype, device, tokenizer)
+        return _open_gguf(gguf, dtype, device, tokenizer, getattr(source, "prepare", None))
     folder = _folder(source, revision)
     checkpoint = open_checkpoint(folder)
     config = read_config(folder)
@@ -120,7 +121,6 @@ def _open_model(model: nn.Module, dtype: str, device: str | torch.device, tokeni
     if model.get_output_embeddings() is None:
         raise LlmqError(f"{what} predicts no tokens: it has no output embeddings; give a causal language model")
     kind, notes = _pick_dtype(dtype, model.dtype)
-    tokenizer = tokenizer or getattr(model, "llmq_tokenizer", None)
     side = SideFiles(tokenizer=tokenizer, name=model.name_or_path or "")
     return HeldSource(model, kind, device, side, f"{what} in memory", notes)
 
@@ -133,11 +133,15 @@ def _gguf_file(source: Any) -> Path | None:
     return None
 
 
-def _open_gguf(file: Path, dtype: str, device: str | torch.device, tokenizer: Any) -> Source:
+def _open_gguf(
+    file: Path, dtype: str, device: str | torch.device, tokenizer: Any, prepare: Callable[[nn.Module], None] | None
+) -> Source:
     kind, notes = _pick_dtype(dtype, None)
     side = SideFiles(file.parent, file.name, tokenizer)
     model = load_gguf(file, kind, side)
     check_config(model.config, str(file))
+    if prepare is not None:
+        prepare(model)
     return HeldSource(model, kind, device, side, str(file), ("GGUF is read whole: it cannot be streamed", *notes))
 
 

@@ -37,7 +37,7 @@ Q4_1_STEPS = 15
 class GgufSource:
     """A model in a GGUF file: what `from_pretrained(folder, gguf_file=file)` takes.
 
-    prepare: changes the loaded model in place before anything is done with it (`general_position`).
+    prepare: changes the loaded model, in bfloat16, in place before anything is done with it (`general_position`).
     """
 
     folder: Path

@@ -150,3 +150,17 @@ def test_the_copy_of_the_real_model_is_the_published_one():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             digest.update(module.weight.detach().view(torch.int16).numpy().tobytes())
     assert digest.hexdigest() == PUBLISHED_COPY
+
+
+@pytest.mark.slow
+def test_the_copy_is_the_same_model_whatever_it_is_cast_to() -> None:
+    pytest.importorskip("gguf")
+    from llmq.cli import open_named
+    from llmq.hf.source import open_source
+
+    try:
+        source = open_named("demo-general")
+    except LlmqError as error:
+        pytest.skip(str(error))
+    half, full = (open_source(source, dtype=dtype).model.state_dict() for dtype in ("bfloat16", "float32"))
+    assert all(torch.equal(half[name].float(), full[name].float()) for name in half)

@@ -138,7 +138,8 @@ def _open_gguf(
 ) -> Source:
     kind, notes = _pick_dtype(dtype, None)
     side = SideFiles(file.parent, file.name, tokenizer)
-    model = load_gguf(file, kind, side)
+    # A prepared model is one and the same whatever it is cast to afterwards, as a checkpoint in bfloat16 would be.
+    model = load_gguf(file, kind if prepare is None else torch.bfloat16, side)
     check_config(model.config, str(file))
     if prepare is not None:
         prepare(model)

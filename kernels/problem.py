@@ -1,8 +1,13 @@
-"""What a kernel is asked to do, as values: the problem that decides which kernel runs, and the packed tensors."""
+"""What a kernel is asked to do and what it is given, as values, and what a kernel is.
+
+A kernel is a module with the members of `Kernel`. It sees the tensors of one weight in the checkpoint's layout and may
+make its own layout of them once (`prepare`); it knows nothing of models or files.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -10,9 +15,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Problem:
-    """A packed matmul y [M, N] = x [M, K] @ W^T, without data.
+    """A packed matmul y [M, N] = x [M, K] @ W^T, without data. M is not part of it: see `Kernel.most_rows`.
 
-    rows, columns: N and K. group_size: columns per scale (K per channel). dtype: of x. device: its type (`cpu`, ...).
+    rows, columns: N and K. group_size: columns per scale (K per channel). scale_dtype: of the stored scales.
+    dtype: of x and y. device: its type (`cpu`, `cuda`, ...). gradient: whether x needs one.
+    streamed: whether the weight is brought in for each call (offloading), so that nothing made of it may be kept.
     """
 
     rows: int
@@ -20,18 +27,48 @@ class Problem:
     bits: int
     group_size: int
     symmetric: bool
+    scale_dtype: torch.dtype
     dtype: torch.dtype
     device: str
+    gradient: bool = False
+    streamed: bool = False
 
 
 @dataclass(frozen=True)
 class Packed:
-    """The tensors of one packed weight in the checkpoint's layout (`llmq.formats.compressed_tensors`).
+    """The tensors of one weight W ~ (code - zero) * scale as they are stored, on one device.
 
-    weight: int32 [N, ceil(K * bits / 32)]; scale [N, G]; zero: int32 [ceil(N * bits / 32), G], None when symmetric.
+    weight: int32 [N, ceil(K * bits / 32)], codes along K, low bits first. scale: [N, K / group_size].
+    zero: int32 [ceil(N * bits / 32), K / group_size], codes along N; None when symmetric, where it is 2**(bits - 1).
     """
 
-    problem: Problem
+    rows: int
+    columns: int
+    bits: int
+    group_size: int
     weight: Tensor
     scale: Tensor
     zero: Tensor | None
+
+    @property
+    def middle(self) -> int:
+        """The zero point of a symmetric weight."""
+        return 1 << (self.bits - 1)
+
+
+class Kernel(Protocol):
+    """One way to run a packed matmul. Members of a module, in the place of a class."""
+
+    NAME: str
+
+    def refusal(self, problem: Problem) -> str | None:
+        """Why this kernel does not take a problem (what follows its name in a sentence); None where it does."""
+
+    def most_rows(self, problem: Problem) -> int | None:
+        """The largest M for which this kernel is the right one, by measurement; None for any."""
+
+    def prepare(self, packed: Packed) -> Any:
+        """The runtime layout: what `run` needs. Made once for a weight; exact."""
+
+    def run(self, x: Tensor, runtime: Any) -> Tensor:
+        """x [M, K], M >= 0 -> y [M, N] in x's dtype."""

@@ -1,8 +1,9 @@
-"""The specification of a packed matmul: unpack, dequantize in float32, multiply. Slow, any device, any width.
+"""The specification of a packed matmul: unpack bit by bit, dequantize and multiply in float32. Any width, any device.
 
-    y = x @ ((codes - zero) * scale)^T + bias
+    y = x @ ((code - zero) * scale)^T + bias
 
-Its unpack is its own (bit by bit, on int64), so that it can judge both the packing of `llmq.core` and every kernel.
+The unpack is its own, on int64 and one bit at a time, so that it can judge both `llmq.core.packing` and every kernel.
+It needs 8 bytes for each stored bit: a yardstick, not a way to run a model.
 """
 
 from __future__ import annotations
@@ -16,30 +17,33 @@ NAME = "reference"
 
 
 def refusal(problem: Problem) -> str | None:
-    """It refuses nothing."""
+    """It takes everything."""
+    return None
+
+
+def most_rows(problem: Problem) -> int | None:
+    """No limit."""
     return None
 
 
 def prepare(packed: Packed) -> Packed:
-    """It reads the checkpoint's own layout."""
+    """It reads the stored layout."""
     return packed
 
 
-def run(x: Tensor, packed: Packed) -> Tensor:
-    """x [M, K] -> [M, N] in x's dtype, computed in float32."""
-    return (x.float() @ dequantize(packed).T).to(x.dtype)
+def run(x: Tensor, packed: Packed, bias: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """x [M, K] -> y [M, N] in x's dtype, computed in `dtype` (float32 or float64) throughout and rounded once."""
+    y = x.to(dtype) @ dequantize(packed, dtype).T
+    return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
 
 
 def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight [N, K] in `dtype`, computed in it."""
-    problem = packed.problem
-    codes = unpack(packed.weight, problem.bits, problem.columns).to(dtype)
-    if packed.zero is None:
-        zero = torch.full_like(packed.scale, 1 << (problem.bits - 1), dtype=dtype)
-    else:
-        zero = unpack(packed.zero.T, problem.bits, problem.rows).T.to(dtype)
-    size = problem.columns // packed.scale.shape[1]
-    spread = [t.to(dtype).repeat_interleave(size, 1) for t in (zero, packed.scale)]  # [N, K]
+    """The weight [N, K], computed in `dtype`."""
+    codes = unpack(packed.weight, packed.bits, packed.columns).to(dtype)  # [N, K]
+    zero = torch.full_like(packed.scale, packed.middle, dtype=dtype)  # [N, G]
+    if packed.zero is not None:
+        zero = unpack(packed.zero.T, packed.bits, packed.rows).T.to(dtype)
+    spread = [values.to(dtype).repeat_interleave(packed.group_size, 1) for values in (zero, packed.scale)]  # [N, K]
     return (codes - spread[0]) * spread[1]
 
 

@@ -1,41 +1,79 @@
 """Which kernel runs a packed matmul, and why not the others.
 
-A kernel is a module with `NAME`, `refusal(problem)`, `prepare(packed) -> runtime` and `run(x, runtime)`; adding one is a
-file and an entry here. The first kernel in `KERNELS` that refuses neither the problem nor the number of rows runs.
+A kernel is a module with the members of `llmq.kernels.problem.Kernel`; adding one is a file and an entry in `KERNELS`,
+whose order is that of preference. What decides: whether a kernel takes the problem at all, then the number of rows of x.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
 
 from llmq.errors import LlmqError
 from llmq.kernels import cpu_int4, reference, slab
-from llmq.kernels.problem import Problem
+from llmq.kernels.problem import Kernel, Problem
 
-KERNELS: tuple[ModuleType, ...] = (cpu_int4, slab, reference)
+KERNELS: tuple[Kernel, ...] = (cpu_int4, slab, reference)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A kernel and the largest M for which it runs; None for any."""
+
+    most_rows: int | None
+    kernel: Kernel
 
 
 @dataclass(frozen=True)
 class Choice:
-    """kernel: what runs. refused: (name, reason) of every kernel before it that does not."""
+    """kernel: what runs. refused: (name, reason) of every other kernel."""
 
-    kernel: ModuleType
+    kernel: Kernel
     refused: tuple[tuple[str, str], ...]
 
 
-def choose(problem: Problem, rows: int, kernel: str | None = None) -> Choice:
-    """The kernel for `problem` with `rows` rows of x. kernel: force one by name; `LlmqError` with all reasons if it refuses."""
+def steps(problem: Problem, forced: str | None = None) -> tuple[Step, ...]:
+    """The kernels that take turns as M grows, the last one without a limit.
+
+    forced: the name of the only kernel to use; `LlmqError` where it refuses the problem, with every kernel's reason.
+    """
+    if forced is not None:
+        return (Step(None, _forced(problem, forced)),)
+    found: list[Step] = []
+    for kernel in KERNELS:
+        if kernel.refusal(problem) is None:
+            found.append(Step(kernel.most_rows(problem), kernel))
+            if found[-1].most_rows is None:
+                break
+    return tuple(found)
+
+
+def choose(problem: Problem, rows: int, forced: str | None = None) -> Choice:
+    """The kernel for M = `rows`, and why it is none of the others. forced: as in `steps`."""
+    ladder = steps(problem, forced)
+    chosen = next(step.kernel for step in ladder if step.most_rows is None or rows <= step.most_rows)
     refused: list[tuple[str, str]] = []
-    for module in KERNELS:
-        reason = module.refusal(problem)
-        most = getattr(module, "MOST_ROWS", None)
-        if reason is None and most is not None and rows > most and kernel is None:
-            reason = f"is the faster one up to {most} rows, and there are {rows}"
-        if reason is None and kernel is not None and kernel != module.NAME:
-            reason = f"{kernel} was asked for"
-        if reason is None:
-            return Choice(module, tuple(refused))
-        refused.append((module.NAME, reason))
-    why = "; ".join(f"{name} {reason}" for name, reason in refused)
-    raise LlmqError(f"no kernel runs {problem}: {why}")
+    passed = False
+    for kernel in KERNELS:
+        passed = passed or kernel is chosen
+        if kernel is chosen:
+            continue
+        reason = kernel.refusal(problem)
+        if reason is None and forced is not None:
+            reason = f"was not asked for, {forced} was"
+        if reason is None and not passed:
+            reason = f"is for up to {kernel.most_rows(problem)} rows"
+        refused.append((kernel.NAME, reason or f"comes after {chosen.NAME}"))
+    return Choice(chosen, tuple(refused))
+
+
+def _forced(problem: Problem, name: str) -> Kernel:
+    for kernel in KERNELS:
+        if name == kernel.NAME:
+            break
+    else:
+        raise LlmqError(f"kernel must be one of {', '.join(kernel.NAME for kernel in KERNELS)}; got {name!r}")
+    if kernel.refusal(problem) is None:
+        return kernel
+    told = [(other.NAME, other.refusal(problem) or "takes it") for other in KERNELS]
+    why = "; ".join(f"{other} {reason}" for other, reason in told)
+    raise LlmqError(f"the kernel {name} cannot run this layer: {why}")

@@ -1,10 +1,24 @@
 """Dequantize a slab of output rows, multiply, go on: any width, any device, many rows of x. Differentiable in x.
 
-The dense weight never exists whole: one slab of about `SLAB` elements does, in x's dtype. Codes are taken apart byte by
-byte (`llmq.core.packing`), which is several times faster on CPUs than shifting int32 words.
+The dense weight never exists whole: one slab of about `SLAB` weights does, in x's dtype. Codes are taken apart byte by
+byte (`llmq.core.packing`), which is several times faster on CPUs than shifting int32 words. (code - zero) * scale is
+computed in float32, where it is exact, and rounded once to x's dtype: the same bits as `QuantizedWeight.dequantize`,
+and faster than bfloat16 arithmetic, which converts for every operation.
+
+Under autograd and torch.compile the loop is one operator, `llmq::slab_linear`: autograd would keep every slab for the
+backward, and a compiler would unroll the loop. Left out: a gradient of the weight.
+
+Measured on 2 cores of an AVX-512 x86 (EPYC 9004, torch 2.13), bfloat16, 4 bits in groups of 64: 0.23 ns per weight and
+call, 10% of the matmul of 512 rows. A linear with 512 rows runs at 0.85 (4096 x 4096) to 0.91 (1536 x 576) of a dense
+one's speed, with 64 rows at 0.55 to 0.7, with 1 row at 0.28 to 0.43. Tried and not faster: bfloat16 arithmetic, tables
+of 256 and 65536 entries, buffers that are made once, filling a slab in smaller pieces. Slabs below 2**19 weights, and
+copying a slab's result into y, cost the matmul more than they save.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,35 +31,106 @@ SLAB = 1 << 20
 
 
 def refusal(problem: Problem) -> str | None:
-    """It refuses nothing."""
+    """It takes everything."""
+    return None
+
+
+def most_rows(problem: Problem) -> int | None:
+    """No limit."""
     return None
 
 
 def prepare(packed: Packed) -> Packed:
-    """It reads the checkpoint's own layout."""
+    """It reads the stored layout."""
     return packed
 
 
 def run(x: Tensor, packed: Packed) -> Tensor:
-    """x [M, K] -> [M, N] in x's dtype."""
-    problem = packed.problem
-    zeros = None if packed.zero is None else unpack(packed.zero.T.contiguous(), problem.bits, problem.rows).T
-    step = max(1, SLAB // problem.columns)
-    parts = [
-        x @ slab(packed, zeros, start, min(start + step, problem.rows), x.dtype).T
-        for start in range(0, problem.rows, step)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    """x [M, K] -> y [M, N] in x's dtype."""
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+        sizes = (packed.rows, packed.columns, packed.bits, packed.group_size)
+        y: Tensor = torch.ops.llmq.slab_linear(x, packed.weight, packed.scale, packed.zero, *sizes)
+        return y
+    return _multiply(x, packed)
 
 
-def slab(packed: Packed, zeros: Tensor | None, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """Rows start .. stop - 1 of the dequantized weight, [stop - start, K]; the product of code and scale is in float32."""
-    problem = packed.problem
-    codes = unpack(packed.weight[start:stop], problem.bits, problem.columns)
+def dequantize(packed: Packed, zero: Tensor | None, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Rows start .. stop - 1 of the weight, [stop - start, K] in `dtype`. zero: what `zero_points` gives."""
+    codes = unpack(packed.weight[start:stop], packed.bits, packed.columns)
     # Differences of 8-bit codes need 9 bits; those of fewer fit the codes' own bytes.
-    groups = (codes.to(torch.int16) if problem.bits == 8 else codes.view(torch.int8)).view(
-        stop - start, -1, problem.group_size
-    )
-    middle = 1 << (problem.bits - 1)
-    groups.sub_(middle if zeros is None else zeros[start:stop].unsqueeze(-1).to(groups.dtype))
-    return groups.float().mul_(packed.scale[start:stop].float().unsqueeze(-1)).view(stop - start, -1).to(dtype)
+    wide = codes.to(torch.int16) if packed.bits == 8 else codes.view(torch.int8)
+    groups = wide.view(stop - start, -1, packed.group_size)  # [n, G, g]
+    groups.sub_(packed.middle if zero is None else zero[start:stop].unsqueeze(-1).to(groups.dtype))
+    weight = groups.float().mul_(packed.scale[start:stop].float().unsqueeze(-1))
+    return weight.view(stop - start, packed.columns).to(dtype)
+
+
+def zero_points(packed: Packed) -> Tensor | None:
+    """The zero points as uint8 codes [N, G]; None when symmetric."""
+    return None if packed.zero is None else unpack(packed.zero.T, packed.bits, packed.rows).T.contiguous()
+
+
+def _slabs(packed: Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The output rows of every slab, and their dense weight."""
+    zero = zero_points(packed)
+    step = max(1, SLAB // packed.columns)
+    for start in range(0, packed.rows, step):
+        stop = min(start + step, packed.rows)
+        yield slice(start, stop), dequantize(packed, zero, start, stop, dtype)
+
+
+def _multiply(x: Tensor, packed: Packed) -> Tensor:
+    y = x.new_empty(x.shape[0], packed.rows)
+    for rows, weight in _slabs(packed, x.dtype):
+        torch.mm(x, weight.T, out=y[:, rows])
+    return y
+
+
+def _multiply_back(grad: Tensor, packed: Packed) -> Tensor:
+    """grad [M, N] -> the gradient of x [M, K], summed over slabs in float32."""
+    total = grad.new_zeros(grad.shape[0], packed.columns, dtype=torch.promote_types(grad.dtype, torch.float32))
+    for rows, weight in _slabs(packed, grad.dtype):
+        total += grad[:, rows] @ weight
+    return total.to(grad.dtype)
+
+
+_ARGUMENTS = "Tensor weight, Tensor scale, Tensor? zero, int rows, int columns, int bits, int group_size"
+
+
+@torch.library.custom_op("llmq::slab_linear", mutates_args=(), schema=f"(Tensor x, {_ARGUMENTS}) -> Tensor")
+def _forward(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, *sizes: int) -> Tensor:
+    return _multiply(x, _packed(weight, scale, zero, *sizes))
+
+
+@torch.library.custom_op("llmq::slab_linear_back", mutates_args=(), schema=f"(Tensor grad, {_ARGUMENTS}) -> Tensor")
+def _backward(grad: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, *sizes: int) -> Tensor:
+    return _multiply_back(grad, _packed(weight, scale, zero, *sizes))
+
+
+def _packed(
+    weight: Tensor, scale: Tensor, zero: Tensor | None, rows: int, columns: int, bits: int, group_size: int
+) -> Packed:
+    return Packed(rows, columns, bits, group_size, weight, scale, zero)
+
+
+@_forward.register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, rows: int, *sizes: int) -> Tensor:
+    return x.new_empty(x.shape[0], rows)
+
+
+@_backward.register_fake
+def _(grad: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, rows: int, columns: int, *s: int) -> Tensor:
+    return grad.new_empty(grad.shape[0], columns)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, weight, scale, zero, *ctx.sizes = inputs
+    ctx.save_for_backward(weight, scale, zero)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = torch.ops.llmq.slab_linear_back(grad.contiguous(), *ctx.saved_tensors, *ctx.sizes)
+    return (wanted, *(None,) * 7)
+
+
+_forward.register_autograd(_gradients, setup_context=_remember)

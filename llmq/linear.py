@@ -1,15 +1,21 @@
 """`QuantLinear`: a linear whose weight stays packed, in memory as on disk.
 
 State is the on-disk tensors under their on-disk names (`llmq.formats.compressed_tensors`), so `save_pretrained` writes
-them as they are. What a kernel makes of them (its runtime layout) is a cache: never saved, dropped when the module moves
-or loads, rebuilt by the next forward. Scales keep their stored dtype whatever the module is cast to.
+them as they are. Scales keep their stored dtype whatever the module is cast to; a bias follows.
+
+What a kernel makes of the stored tensors (its runtime layout) is a cache: never in a state dict, a copy or a pickle,
+dropped when the module moves, casts or loads, made by `ready` or the first forward that needs it. It holds on to the
+tensors that it was made of, and is made anew when they are others; one that is written to in place, from outside, is not
+noticed. Weights that are offloaded (`streamed`) get no such cache: it would hold in memory what was put away. A compiled
+forward uses the layouts that are there and makes none, since a traced one would be made in every call.
+
 Not an `nn.Linear`: transformers initializes the `weight` of those by name.
-Left out: gradients of the weight; those of the input flow (the slab kernel is differentiable).
+Left out: gradients of the weight; those of the input flow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,15 +25,16 @@ from llmq.core.grid import Grid
 from llmq.core.quantized import QuantizedWeight
 from llmq.errors import LlmqError
 from llmq.formats import compressed_tensors as ct
-from llmq.kernels import slab
-from llmq.kernels.problem import Packed, Problem
-from llmq.kernels.registry import Choice, choose
+from llmq.kernels.problem import Kernel, Packed, Problem
+from llmq.kernels.registry import Choice, Step, choose, steps
 
 
 class QuantLinear(nn.Module):
-    """y = x @ dequantized(weight)^T + bias. x: [..., in_features] in any floating dtype; y in the same.
+    """y = x @ dequantized(weight)^T + bias. x: [..., in_features], floating; y: [..., out_features] in x's dtype.
 
-    grid: bits, group size, symmetry. dtype: of the scales. kernel: force one of `llmq.kernels.registry` by name.
+    grid: bits, group size, symmetry. dtype: of the scales. bias: its dtype, None for no bias. kernel: force one of
+    `llmq.kernels.registry` by name; `LlmqError` with all reasons at the first forward that it cannot run.
+    streamed: whether the tensors are brought in for each forward and taken away after.
     """
 
     weight_packed: nn.Parameter
@@ -41,94 +48,142 @@ class QuantLinear(nn.Module):
         out_features: int,
         grid: Grid,
         dtype: torch.dtype,
-        bias: bool = False,
+        bias: torch.dtype | None = None,
         kernel: str | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.grid, self.kernel = in_features, out_features, grid, kernel
+        self.streamed = False
         for name, spec in ct.specs((out_features, in_features), grid, dtype).items():
-            empty = torch.empty(spec.shape, dtype=spec.dtype, device=device)
-            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
-        kept = (
-            nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
-        )
+            self.register_parameter(name, _parameter(torch.empty(spec.shape, dtype=spec.dtype, device=device)))
+        kept = None if bias is None else _parameter(torch.empty(out_features, dtype=bias, device=device))
         self.register_parameter("bias", kept)
-        self._runtime: dict[tuple[str, torch.dtype], tuple[int, Any]] = {}  # by kernel and dtype: address, layout
+        self._forget()
 
     @classmethod
-    def from_quantized(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> QuantLinear:
-        """The linear of a quantized weight."""
+    def from_quantized(
+        cls, weight: QuantizedWeight, bias: Tensor | None = None, kernel: str | None = None
+    ) -> QuantLinear:
+        """The linear of a quantized weight, on its device. `LlmqError` for scales per tensor, which are not stored."""
         rows, columns = weight.shape
         size = None if weight.group_size == columns else weight.group_size
-        made = cls(columns, rows, Grid(weight.bits, size, weight.symmetric), weight.scale.dtype, bias is not None)
+        grid = Grid(weight.bits, size, weight.symmetric)
+        made = cls(columns, rows, grid, weight.scale.dtype, None if bias is None else bias.dtype, kernel, "meta")
         for name, tensor in ct.encode(weight).items():
-            getattr(made, name).data = tensor
-        if bias is not None and made.bias is not None:
-            made.bias.data = bias.detach()
+            setattr(made, name, _parameter(tensor))
+        if bias is not None:
+            made.bias = _parameter(bias.detach())
         return made
-
-    def problem(self, dtype: torch.dtype) -> Problem:
-        """What a kernel is asked to do for x of `dtype`."""
-        size = self.grid.columns_per_group(self.in_features)
-        device = self.weight_packed.device.type
-        return Problem(self.out_features, self.in_features, self.grid.bits, size, self.grid.symmetric, dtype, device)
-
-    def choice(self, dtype: torch.dtype, rows: int) -> Choice:
-        """The kernel that `rows` rows of x in `dtype` would be run with, and why not the others."""
-        return choose(self.problem(dtype), rows, self.kernel)
-
-    def packed(self, dtype: torch.dtype) -> Packed:
-        """The stored tensors as a kernel's input."""
-        return Packed(
-            self.problem(dtype), self.weight_packed, self.weight_scale, getattr(self, "weight_zero_point", None)
-        )
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
             raise LlmqError(f"the input must end in {self.in_features} features; got {list(x.shape)}")
         flat = x.reshape(-1, self.in_features)  # [M, K]
-        if x.requires_grad and torch.is_grad_enabled():
-            y = slab.run(flat, self.packed(x.dtype))
-        else:
-            kernel = self.choice(x.dtype, flat.shape[0]).kernel
-            y = kernel.run(flat, self._prepared(kernel, x.dtype))
-        y = y.view(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        kernel = self._kernel(x.dtype, flat.shape[0], torch.is_grad_enabled() and x.requires_grad)
+        y = kernel.run(flat, self._layout(kernel))
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
 
-    def _prepared(self, kernel: Any, dtype: torch.dtype) -> Any:
-        """A kernel's runtime layout of the tensors as they are now (offloading replaces them from call to call)."""
-        key, place = (kernel.NAME, dtype), self.weight_packed.data_ptr()
-        if key not in self._runtime or self._runtime[key][0] != place:
-            with torch.inference_mode(False):  # or it could not be used outside of it later
-                self._runtime[key] = place, kernel.prepare(self.packed(dtype))
-        return self._runtime[key][1]
+    def ready(self, dtype: torch.dtype, rows: int = 1) -> None:
+        """Make now the layout that a forward with `rows` rows of x in `dtype` needs, so that a compiled one finds it."""
+        self._layout(self._kernel(dtype, rows, gradient=False))
+
+    def problem(self, dtype: torch.dtype, gradient: bool = False) -> Problem:
+        """What a kernel is asked to do for x of `dtype`."""
+        return Problem(
+            rows=self.out_features,
+            columns=self.in_features,
+            bits=self.grid.bits,
+            group_size=self.grid.columns_per_group(self.in_features),
+            symmetric=self.grid.symmetric,
+            scale_dtype=self.weight_scale.dtype,
+            dtype=dtype,
+            device=self.weight_packed.device.type,
+            gradient=gradient,
+            streamed=self.streamed,
+        )
+
+    def choice(self, dtype: torch.dtype, rows: int) -> Choice:
+        """The kernel that `rows` rows of x in `dtype` are run with, and why not the others."""
+        return choose(self.problem(dtype), rows, self.kernel)
 
     def quantized_weight(self) -> QuantizedWeight:
-        """The weight as codes, scales and zero points."""
+        """The weight as codes, scales and zero points. `LlmqError` where the stored tensors contradict each other."""
         tensors = {name: getattr(self, name).data for name in ct.SUFFIXES if hasattr(self, name)}
         return ct.decode(tensors, self.grid)
 
-    def dequantize(self) -> Tensor:
-        """The dense weight [N, K] in the scales' dtype."""
-        return self.quantized_weight().dequantize()
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight [N, K], in the scales' dtype where none is given."""
+        return self.quantized_weight().dequantize(dtype)
+
+    def _kernel(self, dtype: torch.dtype, rows: int, gradient: bool) -> Kernel:
+        key = (dtype, gradient, self.weight_packed.device, self.streamed)
+        ladder = self._ladders.get(key)
+        if ladder is None:
+            ladder = self._ladders[key] = steps(self.problem(dtype, gradient), self.kernel)
+        for step in ladder:
+            if step.most_rows is None:
+                return step.kernel
+            if rows <= step.most_rows and not (torch.compiler.is_compiling() and self._made(step.kernel) is None):
+                return step.kernel
+        raise AssertionError("the last step has no limit")
+
+    def _made(self, kernel: Kernel) -> Any:
+        """A kernel's layout, if there is one of the tensors as they are now."""
+        made = self._layouts.get(kernel.NAME)
+        return made[2] if made and made[0] is self.weight_packed and made[1] is self.weight_scale else None
+
+    def _layout(self, kernel: Kernel) -> Any:
+        layout = self._made(kernel)
+        if layout is not None:
+            return layout
+        weight, scale, zero = self.weight_packed, self.weight_scale, getattr(self, "weight_zero_point", None)
+        size = self.grid.columns_per_group(self.in_features)
+        packed = Packed(self.out_features, self.in_features, self.grid.bits, size, weight, scale, zero)
+        with torch.inference_mode(False), torch.no_grad():  # what inference mode makes could not be used outside of it
+            layout = kernel.prepare(packed)
+        if not self.streamed:
+            self._layouts[kernel.NAME] = (weight, scale, layout)
+        return layout
+
+    def _forget(self) -> None:
+        self._ladders: dict[tuple[object, ...], tuple[Step, ...]] = {}
+        self._layouts: dict[str, tuple[Tensor, Tensor, Any]] = {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        """Moves follow; casts do not reach the scales, whose dtype is part of the format."""
-        self._runtime.clear()
-        kept = self.weight_scale.data
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.weight_scale.dtype != kept.dtype:
-            moved = self.weight_scale.device
-            self.weight_scale.data = kept if kept.device == moved else kept.to(moved)
+        """Moves reach everything; casts do not reach the scales, whose dtype is part of the format."""
+        scale = self.weight_scale
+        changed = False
+
+        def apply(tensor: Tensor) -> Tensor:
+            nonlocal changed
+            moved = fn(tensor)
+            if tensor is scale and moved.dtype != scale.dtype:
+                moved = tensor.to(moved.device)
+            changed = changed or moved is not tensor
+            return moved
+
+        super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
+        if changed:
+            self._forget()
         return self
 
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(state_dict, *args, **kwargs)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_runtime": {}}
+        return {**self.__dict__, "_ladders": {}, "_layouts": {}}
 
     def extra_repr(self) -> str:
-        size = self.grid.group_size or "channel"
+        size = "per channel" if self.grid.group_size is None else f"groups of {self.grid.group_size}"
         kind = "symmetric" if self.grid.symmetric else "asymmetric"
         return (
-            f"{self.in_features}, {self.out_features}, int{self.grid.bits} g{size} {kind}, bias={self.bias is not None}"
+            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, int{self.grid.bits} {kind}, {size}"
         )
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)

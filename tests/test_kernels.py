@@ -1,103 +1,279 @@
-"""Packed matmuls: the reference against float64 on its own unpack, every kernel against the reference."""
+"""Packed matmuls: the reference against float64 and against Python's own integers, every kernel against the reference.
+
+Memory that a kernel allocates is filled with NaN first, so that an element that is not written shows. Errors are told
+as root mean square and maximum over the wanted values, with the worst coordinates.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 from llmq.core.grid import Grid, fit, fit_full_range, quantize
 from llmq.core.packing import pack
+from llmq.core.quantized import QuantizedWeight
 from llmq.errors import LlmqError
 from llmq.formats import compressed_tensors as ct
 from llmq.kernels import cpu_int4, reference, slab
 from llmq.kernels.problem import Packed, Problem
-from llmq.kernels.registry import KERNELS, choose
+from llmq.kernels.registry import KERNELS, choose, steps
 
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+SHAPES = ((32, 2), (48, 3), (5, 1))  # rows, groups
 CASES = [
     (rows, groups, size, bits, symmetric)
-    for rows, groups in ((32, 2), (48, 3), (5, 1))
-    for size in (32, 64, None)
+    for rows, groups in SHAPES
+    for size in (16, 32, 96, 256)
     for bits in (2, 3, 4, 8)
     for symmetric in (True, False)
 ]
+# Of one rounding to bfloat16, and of each weight's besides.
+ROUNDED_ONCE, ROUNDED_TWICE = 2**-8, 2**-7
 
 
-def problem(rows: int, groups: int, size: int | None, bits: int, symmetric: bool, dtype: torch.dtype) -> Packed:
-    """A packed weight with scales of both signs, one of them the smallest normal number."""
-    grid, columns = Grid(bits, size, symmetric), groups * (size or 96)
-    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows + bits))
-    scale, zero = (fit_full_range if symmetric else fit)(weight, grid, torch.bfloat16)
-    scale[0, 0] = torch.finfo(torch.bfloat16).tiny
-    tensors = ct.encode(quantize(weight, scale, zero, grid))
-    asked = Problem(rows, columns, bits, size or columns, symmetric, dtype, "cpu")
-    return Packed(asked, tensors["weight_packed"], tensors["weight_scale"], tensors.get("weight_zero_point"))
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
-def dense(packed: Packed) -> torch.Tensor:
-    return reference.dequantize(packed, torch.float64)
+def weight_of(
+    rows: int, columns: int, size: int | None, bits: int, symmetric: bool, dtype: torch.dtype = BF16
+) -> QuantizedWeight:
+    """A weight with scales of both signs (where symmetric), one the smallest normal number, and zeros at both ends."""
+    generator = torch.Generator().manual_seed(rows + bits)
+    weight = torch.randn(rows, columns, generator=generator)
+    weight[0] = weight[0].abs() + 0.1
+    weight[-1] = -weight[-1].abs() - 0.1
+    grid = Grid(bits, size, symmetric)
+    scale, zero = (fit_full_range if symmetric else fit)(weight, grid, dtype)
+    if rows > 2:
+        scale[1, 0] = torch.finfo(dtype).tiny
+    return quantize(weight, scale, zero, grid)
+
+
+def packed_of(weight: QuantizedWeight) -> Packed:
+    tensors = ct.encode(weight)
+    sizes = (*weight.shape, weight.bits, weight.group_size)
+    return Packed(*sizes, tensors["weight_packed"], tensors["weight_scale"], tensors.get("weight_zero_point"))
+
+
+def problem_of(packed: Packed, dtype: torch.dtype, **more: Any) -> Problem:
+    sizes = (packed.rows, packed.columns, packed.bits, packed.group_size)
+    return Problem(*sizes, packed.zero is None, packed.scale.dtype, dtype, packed.weight.device.type, **more)
+
+
+def assert_near(got: Tensor, want: Tensor, tolerance: float) -> None:
+    """Root mean square within `tolerance` of that of `want`, and no element off by eight times as much."""
+    assert got.shape == want.shape
+    assert bool(torch.isfinite(got).all()), f"not written: {(~torch.isfinite(got)).nonzero()[:3].tolist()}"
+    if not want.numel():
+        return
+    error, size = (got.double() - want.double()).abs(), want.double().pow(2).mean().sqrt()
+    worst = error.flatten().argmax().item()
+    where = [int(i) for i in torch.unravel_index(torch.tensor(worst), want.shape)]
+    told = f"rms {error.pow(2).mean().sqrt() / size:.2e}, worst {error.max() / size:.2e} at {where}"
+    assert error.pow(2).mean().sqrt() <= tolerance * size, told
+    assert error.max() <= 8 * tolerance * size, told
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_the_references_own_unpack_inverts_pack(bits: int) -> None:
-    codes = torch.randint(0, 1 << bits, (3, 45), dtype=torch.uint8)
-    assert torch.equal(reference.unpack(pack(codes, bits), bits, 45), codes.long())
+def test_the_references_own_unpack_reads_one_little_endian_stream(bits: int) -> None:
+    codes = torch.randint(0, 1 << bits, (3, 45), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
+    words = pack(codes, bits)
+    for row, code in zip(words.tolist(), codes.tolist(), strict=True):
+        stream = sum((word & 0xFFFFFFFF) << (32 * index) for index, word in enumerate(row))
+        assert [(stream >> (bits * index)) & ((1 << bits) - 1) for index in range(45)] == code
+    assert torch.equal(reference.unpack(words, bits, 45), codes.long())
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda module: module.NAME)
-def test_kernels_equal_float64(kernel, case) -> None:  # type: ignore[no-untyped-def]
-    for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 2e-2)):
-        packed = problem(*case, dtype)
-        if kernel.refusal(packed.problem):
+def test_the_reference_is_the_formula(case: tuple[int, int, int, int, bool]) -> None:
+    rows, groups, size, bits, symmetric = case
+    weight = weight_of(rows, groups * size, size, bits, symmetric)
+    packed = packed_of(weight)
+    zero = torch.full_like(weight.scale, packed.middle) if weight.zero is None else weight.zero
+    want = torch.empty(weight.shape, dtype=torch.float64)
+    for column in range(weight.shape[1]):
+        group = column // size
+        want[:, column] = (weight.codes[:, column].double() - zero[:, group].double()) * weight.scale[:, group].double()
+    assert torch.equal(reference.dequantize(packed, torch.float64), want)
+    x, bias = torch.randn(3, groups * size, dtype=torch.float64), torch.randn(rows, dtype=torch.float64)
+    got = reference.run(x, packed, bias, torch.float64)
+    torch.testing.assert_close(got, torch.nn.functional.linear(x, want, bias))
+    assert_near(reference.run(x.float(), packed, bias.float()), got, 1e-6)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("kernel", [cpu_int4, slab], ids=lambda module: module.NAME)
+def test_kernels_equal_the_reference(kernel: Any, case: tuple[int, int, int, int, bool]) -> None:
+    rows, groups, size, bits, symmetric = case
+    packed = packed_of(weight_of(rows, groups * size, size, bits, symmetric))
+    for dtype, tolerance in ((torch.float64, 1e-6), (F32, 1e-6), (F16, 2**-10), (BF16, ROUNDED_TWICE)):
+        if kernel.refusal(problem_of(packed, dtype)):
             continue
-        for rows in (0, 1, 7, 40):
-            x = torch.randn(rows, packed.problem.columns, dtype=dtype)
-            got = kernel.run(x, kernel.prepare(packed))
-            want = x.double() @ dense(packed).T
+        layout = kernel.prepare(packed)
+        for batch in (0, 1, 7, 50):
+            x = (torch.randn(batch, packed.columns, generator=torch.Generator().manual_seed(batch)) + 0.3).to(dtype)
+            got = kernel.run(x, layout)
             assert got.dtype == dtype
-            assert got.shape == want.shape
-            scale = want.abs().max() if rows else 1.0
-            assert rows == 0 or bool(((got.double() - want).abs().max() / scale) < tolerance)
+            assert_near(got, reference.run(x.double(), packed, dtype=torch.float64), tolerance)
+            assert torch.equal(got, kernel.run(x, layout)), "deterministic"
 
 
-def test_slabs_cover_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = problem(48, 3, 32, 4, False, torch.float32)
-    x = torch.randn(4, 96)
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 40),
+    st.integers(1, 4),
+    st.sampled_from([1, 3, 16, 32, 40, 64]),
+    st.sampled_from([2, 3, 4, 8]),
+    st.booleans(),
+    st.sampled_from([BF16, F16, F32]),
+    st.sampled_from([BF16, F32]),
+    st.integers(0, 5),
+)
+def test_any_shape(
+    rows: int, groups: int, size: int, bits: int, symmetric: bool, stored: torch.dtype, dtype: torch.dtype, batch: int
+) -> None:
+    packed = packed_of(weight_of(rows, groups * size, size, bits, symmetric, stored))
+    x = torch.randn(batch, packed.columns, generator=torch.Generator().manual_seed(rows)).to(dtype)
+    want = x.double() @ reference.dequantize(packed).to(dtype).double().T
+    problem = problem_of(packed, dtype)
+    for step in steps(problem):
+        got = step.kernel.run(x, step.kernel.prepare(packed))
+        bound = (x.double().abs() @ reference.dequantize(packed, torch.float64).abs().T) * (
+            1e-6 if dtype == F32 else 3 * ROUNDED_ONCE
+        )
+        assert bool(((got.double() - want).abs() <= bound + 1e-30).all())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_int4_layout_holds_every_weight_exactly(bits: int) -> None:
+    packed = packed_of(weight_of(48, 96, 32, bits, True))
+    assert torch.equal(cpu_int4.run(torch.eye(96, dtype=BF16), cpu_int4.prepare(packed)).T, dense(packed, BF16))
+
+
+def dense(packed: Packed, dtype: torch.dtype) -> Tensor:
+    return reference.dequantize(packed).to(dtype)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_zero_points_lose_nothing_where_groups_and_inputs_are_off_zero(bits: int) -> None:
+    generator, grid = torch.Generator().manual_seed(0), Grid(bits, 64, False)
+    weight = torch.randn(64, 16, 64, generator=generator) + torch.randn(64, 16, 1, generator=generator)
+    weight = weight.view(64, 1024) - weight.mean((1, 2)).unsqueeze(1)  # or y is large and hides everything
+    packed = packed_of(quantize(weight, *fit(weight, grid, BF16), grid))
+    x = (torch.randn(8, 1024, generator=generator) + 2).to(BF16)
+    want = reference.run(x.double(), packed, dtype=torch.float64)
+    layout = cpu_int4.prepare(packed)
+    assert_near(cpu_int4.run(x, layout), want, ROUNDED_ONCE)
+    with pytest.raises(AssertionError, match="rms"):  # what is rounded off the zero points matters here
+        assert_near(cpu_int4.run(x, replace(layout, rest=None)), want, 2 * ROUNDED_ONCE)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_slabs_have_the_bits_of_the_quantized_weight(
+    bits: int, symmetric: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = weight_of(48, 96, 32, bits, symmetric)
+    packed, x = packed_of(weight), torch.randn(4, 96)
+    before = packed.weight.clone()
+    for dtype in (F32, BF16, F16):
+        got = slab.dequantize(packed, slab.zero_points(packed), 5, 31, dtype)
+        assert torch.equal(got, weight.dequantize(dtype)[5:31])
     whole = slab.run(x, packed)
     monkeypatch.setattr(slab, "SLAB", 7 * 96)
     torch.testing.assert_close(slab.run(x, packed), whole)
+    assert torch.equal(packed.weight, before), "the stored tensors are not written to"
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gradients_flow_without_keeping_dense_weights(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slab, "SLAB", 7 * 96)
+    packed = packed_of(weight_of(48, 96, 32, 4, symmetric))
+    kept: list[int] = []
+    x = torch.randn(3, 96, dtype=torch.float64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+        y = slab.run(x, packed)
+    y.pow(2).sum().backward()
+    weight = dense(packed, torch.float64)
+    torch.testing.assert_close(x.grad, 2 * (x.detach() @ weight.T) @ weight, rtol=1e-6, atol=1e-6)
+    assert sum(kept) <= 48 * 96  # bytes; float32 would be four times as much
+
+
+def test_the_operator_is_what_torch_asks_of_one() -> None:
+    packed = packed_of(weight_of(48, 96, 32, 4, False))
+    sizes = (packed.rows, packed.columns, packed.bits, packed.group_size)
+    x = torch.randn(3, 96, requires_grad=True)
+    torch.library.opcheck(torch.ops.llmq.slab_linear.default, (x, packed.weight, packed.scale, packed.zero, *sizes))
+
+
+PROBLEM = Problem(32, 192, 4, 64, True, BF16, BF16, "cpu")
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"bits": 8}, "takes 4 bits, not 8"),
-        ({"symmetric": False}, "symmetric"),
-        ({"group_size": 96}, "takes groups of 32, 64, 128, 256, not 96"),
-        ({"rows": 20}, "16 divides, not 20"),
-        ({"device": "cuda"}, "runs on the CPU, not on cuda"),
-        ({"dtype": torch.float64}, "not torch.float64"),
+        ({"group_size": 48}, "takes groups that 32 divides; these have 48 columns"),
+        ({"rows": 20}, "takes out_features that 16 divides; there are 20"),
+        ({"device": "cuda"}, "runs on the CPU; the weight is on cuda"),
+        ({"dtype": F32}, "bfloat16 only; input: float32"),
+        ({"dtype": F16}, "bfloat16 only; input: float16"),
+        ({"scale_dtype": F16}, "bfloat16 only; scales: float16"),
+        ({"gradient": True}, "has no backward"),
+        ({"streamed": True}, "the weight is offloaded"),
     ],
 )
-def test_refusals_state_rule_and_value(change: dict[str, object], reason: str) -> None:
-    values = {"rows": 32, "columns": 192, "bits": 4, "group_size": 64, "symmetric": True}
-    asked = Problem(**{**values, "dtype": torch.float32, "device": "cpu", **change})  # type: ignore[arg-type]
-    found = cpu_int4.refusal(asked)
+def test_refusals_state_rule_and_value(change: dict[str, Any], reason: str) -> None:
+    problem = replace(PROBLEM, **change)
+    found = cpu_int4.refusal(problem)
     assert found is not None
     assert reason in found
-    choice = choose(asked, 1)
+    choice = choose(problem, 1)
     assert choice.kernel is slab
-    assert choice.refused == (("cpu_int4", found),)
+    assert choice.refused == (("cpu_int4", found), ("reference", "comes after slab"))
+
+
+def test_a_cpu_without_vector_code_for_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_int4, "vector_code", lambda: "NEON")
+    assert "torch runs NEON on this CPU" in str(cpu_int4.refusal(PROBLEM))
 
 
 def test_the_number_of_rows_decides() -> None:
-    asked = Problem(32, 192, 4, 64, True, torch.float32, "cpu")
-    assert choose(asked, cpu_int4.MOST_ROWS).kernel is cpu_int4
-    assert choose(asked, cpu_int4.MOST_ROWS + 1).kernel is slab
-    assert choose(asked, 10**6, kernel="cpu_int4").kernel is cpu_int4
+    most = cpu_int4.MOST_ROWS
+    assert choose(PROBLEM, most).kernel is cpu_int4
+    assert choose(PROBLEM, 0).refused == (("slab", "comes after cpu_int4"), ("reference", "comes after cpu_int4"))
+    many = choose(PROBLEM, most + 1)
+    assert many.kernel is slab
+    assert many.refused[0] == ("cpu_int4", f"is for up to {most} rows")
+    assert [(step.most_rows, step.kernel) for step in steps(PROBLEM)] == [(most, cpu_int4), (None, slab)]
 
 
-def test_a_forced_kernel_that_refuses_is_an_error_with_all_reasons() -> None:
-    asked = Problem(32, 192, 8, 64, True, torch.float32, "cpu")
-    with pytest.raises(LlmqError, match="cpu_int4 takes 4 bits, not 8; slab cpu_int4 was asked for"):
-        choose(asked, 1, kernel="cpu_int4")
+def test_a_forced_kernel_runs_everything_or_says_why_not() -> None:
+    for kernel in KERNELS:
+        choice = choose(PROBLEM, 10**6, kernel.NAME)
+        assert choice.kernel is kernel
+        assert all(reason == f"was not asked for, {kernel.NAME} was" for _, reason in choice.refused)
+    message = "cpu_int4 is fast and exact for bfloat16 only; input: float32; slab takes it; reference takes it"
+    with pytest.raises(LlmqError, match=message):
+        choose(replace(PROBLEM, dtype=F32), 1, "cpu_int4")
+    with pytest.raises(LlmqError, match="kernel must be one of cpu_int4, slab, reference; got 'triton'"):
+        choose(PROBLEM, 1, "triton")
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.NAME)
+def test_every_kernel_has_the_members_of_one(kernel: Any) -> None:
+    packed = packed_of(weight_of(32, 64, 32, 4, True))
+    assert kernel.NAME
+    assert kernel.refusal(problem_of(packed, BF16)) is None
+    assert kernel.most_rows(PROBLEM) is None or kernel.most_rows(PROBLEM) > 0
+    assert kernel.run(torch.zeros(0, 64, dtype=BF16), kernel.prepare(packed)).shape == (0, 32)

@@ -1,21 +1,24 @@
 """Quantized checkpoints inside transformers, packed: `load`, `enable` / `disable`, `explain`.
 
 On disk a checkpoint says `compressed-tensors`; stock transformers would decompress it. Two ways around that, neither of
-which patches anything:
+which patches any code:
 
     load      reads the config, names our own quantizer ("llmq") in it, and calls `from_pretrained` with it
     enable    puts a dispatching config class in the place of `compressed-tensors` in transformers' table, so that plain
-              `from_pretrained` does the same; schemes that are not ours go on to the stock classes
+              `from_pretrained` does the same; schemes that are not ours go on to the class that stood there
 
-Our quantizer overrides the process hooks alone (they are the same from 5.17 on): it puts a `QuantLinear` in the place of
-every linear that the config names, on meta, after checking the files' headers against the shapes that the model implies,
-since transformers loads a checkpoint with missing or misshaped packed tensors without an error. `to_dict` gives the
-config back as it was read, so `save_pretrained` writes a standard checkpoint.
+Our quantizer overrides the process hooks alone (they are the same from 5.17 on). Before loading it checks the files
+(`llmq.hf.verify`) and puts `QuantLinear`s in the place of linears, on meta; after it, it checks values and lets kernels
+make their layouts, but for what is offloaded. Its config's `to_dict` gives back what was read, so `save_pretrained` writes
+a standard checkpoint.
+
+Left out: repacking while loading (a WeightConverter; its interface changes from version to version), tensor parallelism,
+and a choice of the dense route under `enable` (`disable` first).
 """
 
 from __future__ import annotations
 
-import json
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,26 +26,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmq.checkpoint.reader import Checkpoint, open_checkpoint
-from llmq.core.grid import Grid
 from llmq.errors import LlmqError
 from llmq.formats import compressed_tensors as ct
+from llmq.hf.verify import PackedLinear, check_values, find_linears
 from llmq.linear import QuantLinear
 
 OURS = "llmq"
-STOCK_CONFIG = AUTO_QUANTIZATION_CONFIG_MAPPING[ct.NAME]
+# What of from_pretrained's arguments decides which files are meant.
+HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder", "proxies")
+MANY_ROWS = 512
 
 
-@register_quantization_config(OURS)
 class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """A `quantization_config` of ours, kept as it was read. kernel: force one kernel by name."""
 
@@ -54,33 +54,49 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        stored = {key: value for key, value in config_dict.items() if key != "kernel"}
-        made = cls({**stored, "quant_method": ct.NAME}, config_dict.get("kernel"))
+        made = cls(config_dict)
         return (made, kwargs) if return_unused_kwargs else made
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """As of a dict: transformers reads a model's own config, given for another load, as one."""
+        return getattr(self, key, default)
+
     def to_dict(self) -> dict[str, Any]:
-        return json.loads(json.dumps(self.stored))  # type: ignore[no-any-return]
+        return copy.deepcopy(self.stored)
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
 
 
-@register_quantizer(OURS)
 class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts `QuantLinear`s into a model before its weights are loaded, and checks them after."""
+    """Puts `QuantLinear`s into a model before its weights are loaded; checks the files before, the values after."""
 
     requires_calibration = True
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent) if checkpoint_files else None
-        replace_linears(model, self.quantization_config, checkpoint)
+        self._checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent) if checkpoint_files else None
+        self._linears = find_linears(model, self.quantization_config.layout, self._checkpoint)
+        for linear in self._linears:
+            rows, columns = linear.shape
+            made = QuantLinear(
+                columns, rows, linear.grid, linear.scale_dtype, linear.bias, self.quantization_config.kernel, "meta"
+            )
+            model.set_submodule(linear.name, made)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for name, module in model.named_modules():
-            if isinstance(module, QuantLinear) and module.weight_scale.device.type != "meta":
-                _check_values(name, module)
+        for linear in self._linears:
+            module = model.get_submodule(linear.name)
+            module.requires_grad_(False)  # which transformers asks for on every float that it loads
+            # Offloaded tensors are on meta now; what will be brought in lies in the files.
+            module.streamed = module.weight_packed.device.type == "meta"
+            _finish(module, linear, self._checkpoint if module.streamed else None)
+        for linear in self._linears:
+            module = model.get_submodule(linear.name)
+            if not module.streamed:
+                module.ready(model.dtype)
+        del self._checkpoint, self._linears
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -88,130 +104,120 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters are: gradients flow through packed weights, not to them."""
+        return True
 
     @property
     def is_compileable(self) -> bool:
         return True
 
 
-def replace_linears(model: nn.Module, config: PackedConfig, checkpoint: Checkpoint | None) -> None:
-    """Replace every linear that `config` quantizes by a `QuantLinear` on meta; check the headers of `checkpoint` first."""
-    found = []
-    for name, module in model.named_modules():
-        classes = [base.__name__ for base in type(module).__mro__]
-        grid = config.layout.grid_for(name, classes) if isinstance(module, nn.Linear) else None
-        if grid is not None:
-            found.append((name, module, grid))
-    if not found:
-        raise LlmqError("the quantization_config of this checkpoint matches no linear of the model")
-    for name, module, grid in found:
-        shape = (module.out_features, module.in_features)
-        dtype = _check_headers(name, shape, grid, checkpoint) if checkpoint else module.weight.dtype
-        bias = module.bias is not None
-        made = QuantLinear(shape[1], shape[0], grid, dtype, bias, config.kernel, device="meta")
-        model.set_submodule(name, made)
+def _finish(module: QuantLinear, linear: PackedLinear, checkpoint: Checkpoint | None) -> None:
+    if checkpoint is not None:
+        names = {local: f"{linear.stored}.{local}" for local in ("weight_shape", "weight_scale")}
+        read = checkpoint.read(names.values())
+        check_values(linear.name, linear.shape, {local: read[name] for local, name in names.items()})
+    elif not module.streamed:
+        if module.weight_scale.dtype != linear.scale_dtype:  # a part that the model keeps in float32
+            module.weight_scale.data = module.weight_scale.data.to(linear.scale_dtype)
+        check_values(
+            linear.name, linear.shape, {"weight_shape": module.weight_shape, "weight_scale": module.weight_scale}
+        )
 
 
-def _check_headers(name: str, shape: tuple[int, int], grid: Grid, checkpoint: Checkpoint) -> torch.dtype:
-    """Raise `LlmqError` unless the files hold exactly the tensors of this linear; returns the scales' dtype."""
-    stored = _stored_name(name, checkpoint)
-    scale = checkpoint.tensors.get(f"{stored}.weight_scale")
-    if scale is None:
-        raise LlmqError(f"{checkpoint.folder}: {name}.weight_scale is missing")
-    if not scale.dtype.is_floating_point or scale.dtype.itemsize < 2:
-        raise LlmqError(f"{checkpoint.folder}: {stored}.weight_scale must be a 16- or 32-bit float; got {scale.dtype}")
-    held = {
-        key.rpartition(".")[2]: ct.TensorSpec(tensor.dtype, tuple(tensor.shape))
-        for key, tensor in checkpoint.tensors.items()
-        if key.startswith(f"{stored}.weight")
-    }
-    for local, spec in ct.specs(shape, grid, scale.dtype).items():
-        got = held.pop(local, None)
-        if got is None:
-            raise LlmqError(f"{checkpoint.folder}: {stored}.{local} is missing")
-        if got != spec:
-            raise LlmqError(
-                f"{checkpoint.folder}: {stored}.{local} must be {spec.dtype} {list(spec.shape)}; "
-                f"got {got.dtype} {list(got.shape)}"
-            )
-    if held:
-        raise LlmqError(f"{checkpoint.folder}: {stored}.{sorted(held)[0]} is not part of this scheme")
-    return scale.dtype
+def is_quantized(path: str | Path, **hub: Any) -> bool:
+    """Whether a folder or repo holds a checkpoint with a `quantization_config` that `load` runs.
 
-
-def _stored_name(name: str, checkpoint: Checkpoint) -> str:
-    """The module's name in the files: its own, or without the base model's prefix (transformers adds that at load)."""
-    if f"{name}.weight_scale" in checkpoint.tensors:
-        return name
-    short = name.split(".", 1)[-1]
-    return short if f"{short}.weight_scale" in checkpoint.tensors else name
-
-
-def _check_values(name: str, module: QuantLinear) -> None:
-    shape = module.weight_shape.tolist()
-    if shape != [module.out_features, module.in_features]:
-        raise LlmqError(f"{name}.weight_shape must be {[module.out_features, module.in_features]}; got {shape}")
-    if not bool(torch.isfinite(module.weight_scale).all()) or bool((module.weight_scale == 0).any()):
-        raise LlmqError(f"{name}.weight_scale holds NaN, inf or zero: the file is broken")
-
-
-def is_quantized(path: str | Path, **kwargs: Any) -> bool:
-    """Whether a folder or repo holds a checkpoint with a `quantization_config` that `load` runs."""
-    config = AutoConfig.from_pretrained(path, **kwargs)
-    stored = getattr(config, "quantization_config", None)
+    hub: as of `from_pretrained` (revision, token, ...). Raises transformers' OSError where there is no config to read.
+    """
+    values, _ = PreTrainedConfig.get_config_dict(path, **hub)
+    stored = values.get("quantization_config")
     return isinstance(stored, dict) and ct.foreign(stored) is None
 
 
-def load(path: str | Path, kernel: str | None = None, **kwargs: Any) -> PreTrainedModel:
+def load(path: str | Path, kernel: str | None = None, **kwargs: Any) -> Any:
     """A quantized checkpoint (folder or repo id) as a transformers model whose linears stay packed.
 
-    kernel: force one kernel by name (`llmq.kernels.registry`). kwargs: as of `from_pretrained` (dtype, device_map, ...).
+    kernel: force one kernel by name (`llmq.kernels.registry`). kwargs: as of `AutoModelForCausalLM.from_pretrained`
+    (dtype: the checkpoint's own by default; device_map, revision, ...); with `output_loading_info` a pair is returned.
     Raises `LlmqError` for a checkpoint that is not ours to run, naming why, and for broken files, naming the tensor.
     """
-    hub = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
-    try:
-        config = AutoConfig.from_pretrained(path, **hub)
-    except (OSError, ValueError) as error:
-        raise LlmqError(f"{path} is not a model folder or repo: {str(error).splitlines()[0]}") from error
+    if "quantization_config" in kwargs:
+        raise LlmqError("quantization_config cannot be given: load reads the checkpoint's own")
+    if Path(path).is_dir() and not kwargs.get("subfolder"):
+        open_checkpoint(path)  # says what is wrong with the files more clearly than transformers does
+    config = kwargs.pop("config", None) or _config(path, kwargs)
     stored = getattr(config, "quantization_config", None)
+    if isinstance(stored, PackedConfig):
+        stored = stored.stored
     if not isinstance(stored, dict):
-        raise LlmqError(f"{path} is not quantized: load it with AutoModelForCausalLM.from_pretrained")
+        raise LlmqError(f"{path} is not quantized: load it with transformers.AutoModelForCausalLM.from_pretrained")
     reason = ct.foreign(stored)
     if reason:
-        raise LlmqError(f"{path}: not a checkpoint that llmq runs ({reason}); load it with AutoModelForCausalLM")
-    config.quantization_config = {**stored, "quant_method": OURS, "kernel": kernel}
-    model, info = AutoModelForCausalLM.from_pretrained(
-        path, config=config, output_loading_info=True, use_safetensors=True, **kwargs
-    )
-    missing = [name for name in info["missing_keys"] if ".weight_" in name]
+        raise LlmqError(f"{path} is not for llmq to run ({reason}): load it with transformers.AutoModelForCausalLM")
+    _register()
+    config = copy.deepcopy(config)
+    config.quantization_config = PackedConfig(stored, kernel)
+    wanted = kwargs.pop("output_loading_info", False)
+    arguments = {"dtype": "auto", "use_safetensors": True, **kwargs}
+    model, info = AutoModelForCausalLM.from_pretrained(path, config=config, output_loading_info=True, **arguments)
+    missing = sorted(info["missing_keys"])
     if missing:
-        raise LlmqError(f"{path}: {sorted(missing)[0]} is missing")
-    return model
+        raise LlmqError(f"{path}: {missing[0]} is missing" + (f", and {len(missing) - 1} more" if missing[1:] else ""))
+    return (model, info) if wanted else model
 
 
-class _DispatchingConfig(STOCK_CONFIG):  # type: ignore[misc,valid-type]
-    """In the place of transformers' own for `compressed-tensors`: ours for our schemes, the stock one for the rest."""
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        ours = ct.foreign(config_dict) is None
-        return (PackedConfig if ours else STOCK_CONFIG).from_dict(config_dict, return_unused_kwargs, **kwargs)
+def _config(path: str | Path, kwargs: Mapping[str, Any]) -> PreTrainedConfig:
+    hub = {key: kwargs[key] for key in HUB if key in kwargs}
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=kwargs.get("trust_remote_code", False), **hub)
+    except (OSError, ValueError) as error:
+        raise LlmqError(f"{path} is not a model folder or repo: {str(error).splitlines()[0]}") from error
 
 
 def enable() -> None:
-    """Make plain `AutoModelForCausalLM.from_pretrained` load our schemes packed. Undone by `disable`; idempotent."""
-    AUTO_QUANTIZATION_CONFIG_MAPPING[ct.NAME] = _DispatchingConfig
+    """Make plain `AutoModelForCausalLM.from_pretrained` (pipelines, lm-eval, PEFT, ...) load our schemes packed.
+
+    Everything else, other `compressed-tensors` schemes included, is loaded as before. Undone by `disable`; calling it
+    twice is calling it once. While it holds, a `CompressedTensorsConfig` cannot be given for a checkpoint of ours.
+    """
+    _register()
+    stock = AUTO_QUANTIZATION_CONFIG_MAPPING[ct.NAME]
+    if not hasattr(stock, "stands_for"):
+        AUTO_QUANTIZATION_CONFIG_MAPPING[ct.NAME] = _dispatching(stock)
 
 
 def disable() -> None:
-    """Put transformers' own class back."""
-    AUTO_QUANTIZATION_CONFIG_MAPPING[ct.NAME] = STOCK_CONFIG
+    """Put back the class that `enable` found."""
+    found = AUTO_QUANTIZATION_CONFIG_MAPPING[ct.NAME]
+    AUTO_QUANTIZATION_CONFIG_MAPPING[ct.NAME] = getattr(found, "stands_for", found)
+
+
+def _register() -> None:
+    AUTO_QUANTIZATION_CONFIG_MAPPING[OURS] = PackedConfig
+    AUTO_QUANTIZER_MAPPING[OURS] = PackedQuantizer
+
+
+def _dispatching(stock: type) -> type:
+    """`stock`, but for configs of ours."""
+
+    class Dispatching(stock):  # type: ignore[misc]
+        stands_for = stock
+
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            ours = ct.foreign(config_dict) is None
+            return (PackedConfig if ours else cls.stands_for).from_dict(config_dict, *args, **kwargs)  # type: ignore[attr-defined]
+
+    return Dispatching
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """One row of `explain`: a linear, its grid in words, the kernel for one row of input and for many, and why not others."""
+    """One row of `explain`: a linear, its grid in words, the kernels for one row of input and for many, and why not others.
+
+    reasons: "1 row: KERNEL WHY", for each kernel that is not used, in both cases.
+    """
 
     name: str
     grid: str
@@ -221,19 +227,22 @@ class Explanation:
 
     def __str__(self) -> str:
         why = f" ({'; '.join(self.reasons)})" if self.reasons else ""
-        return f"{self.name}: {self.grid}; 1 row: {self.few_rows}; 512 rows: {self.many_rows}{why}"
+        return f"{self.name}: {self.grid}; 1 row: {self.few_rows}; {MANY_ROWS} rows: {self.many_rows}{why}"
 
 
 def explain(model: nn.Module, dtype: torch.dtype | None = None) -> list[Explanation]:
-    """Which kernel runs each quantized linear of `model`, and why not the ones before it. dtype: of activations."""
+    """Which kernel runs each quantized linear of `model`, and why not the others. dtype: of activations (the model's)."""
     stated = dtype or getattr(model, "dtype", None)
     kind = stated if isinstance(stated, torch.dtype) else torch.float32
     rows = []
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
-            few, many = module.choice(kind, 1), module.choice(kind, 512)
-            reasons = dict(few.refused) | {k: v for k, v in many.refused if k not in dict(few.refused)}
-            grid = f"int{module.grid.bits} g{module.grid.group_size or 'channel'}"
-            told = tuple(f"{kernel} {why}" for kernel, why in reasons.items())
-            rows.append(Explanation(name, grid, few.kernel.NAME, many.kernel.NAME, told))
+            few, many = module.choice(kind, 1), module.choice(kind, MANY_ROWS)
+            always = dict.fromkeys(refused for refused in few.refused if refused in many.refused)
+            told = [f"{kernel} {why}" for kernel, why in always]
+            told += [f"1 row: {kernel} {why}" for kernel, why in few.refused if (kernel, why) not in always]
+            told += [f"{MANY_ROWS} rows: {kernel} {why}" for kernel, why in many.refused if (kernel, why) not in always]
+            size = "channel" if module.grid.group_size is None else f"g{module.grid.group_size}"
+            grid = f"int{module.grid.bits} {size} {'sym' if module.grid.symmetric else 'asym'}"
+            rows.append(Explanation(name, grid, few.kernel.NAME, many.kernel.NAME, tuple(told)))
     return rows

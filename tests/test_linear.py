@@ -1,0 +1,236 @@
+"""`QuantLinear`: a drop-in for a linear whose state is the stored tensors and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llmq.core.grid import Grid, fit, fit_full_range, quantize
+from llmq.core.quantized import QuantizedWeight
+from llmq.errors import LlmqError
+from llmq.formats import compressed_tensors as ct
+from llmq.kernels import cpu_int4, slab
+from llmq.linear import QuantLinear
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+N, K = 48, 96
+
+
+def quantized(grid: Grid, dtype: torch.dtype = BF16, rows: int = N, columns: int = K, seed: int = 0) -> QuantizedWeight:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    scale, zero = (fit_full_range if grid.symmetric else fit)(weight, grid, dtype)
+    return quantize(weight, scale, zero, grid)
+
+
+def linear(grid: Grid | None = None, dtype: torch.dtype = BF16, bias: bool = True, **kwargs: Any) -> QuantLinear:
+    grid = grid or Grid(4, 32, True)
+    drawn = torch.randn(N, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return QuantLinear.from_quantized(quantized(grid, dtype), drawn if bias else None, **kwargs)
+
+
+def rows(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.randn(*shape, K, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+
+def dense_twin(module: QuantLinear, dtype: torch.dtype) -> nn.Linear:
+    twin = nn.Linear(K, N, bias=module.bias is not None, dtype=dtype)
+    twin.weight.data = module.dequantize(dtype)
+    if module.bias is not None:
+        twin.bias.data = module.bias.detach().to(dtype)
+    return twin
+
+
+GRIDS = [Grid(bits, size, symmetric) for bits in (2, 3, 4, 8) for size in (32, None) for symmetric in (True, False)]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_it_computes_what_a_dense_linear_does(grid: Grid, dtype: torch.dtype) -> None:
+    module = linear(grid)
+    twin = dense_twin(module, dtype)
+    for shape in ((), (1,), (0,), (2, 3), (2, 0, 3), (70,)):
+        x = rows(*shape, dtype=dtype)
+        with torch.no_grad():
+            got, want = module(x), twin(x)
+        assert got.dtype == dtype
+        assert got.shape == want.shape
+        torch.testing.assert_close(got, want, rtol=1e-5 if dtype == F32 else 2e-2, atol=1e-4 if dtype == F32 else 0.2)
+
+
+def test_state_is_the_stored_tensors_before_and_after_use() -> None:
+    weight = quantized(Grid(4, 32, False))
+    module = QuantLinear.from_quantized(weight)
+    with torch.no_grad():
+        module(rows(1))
+        module(rows(100))
+    stored = ct.encode(weight)
+    assert set(module.state_dict()) == set(stored)
+    assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in stored.items())
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+    assert not isinstance(module, nn.Linear)
+    again = module.quantized_weight()
+    assert torch.equal(again.codes, weight.codes)
+    assert torch.equal(again.scale, weight.scale)
+    assert torch.equal(again.zero, weight.zero)
+    assert torch.equal(module.dequantize(F32), weight.dequantize(F32))
+
+
+def test_on_meta_it_declares_what_is_stored() -> None:
+    grid = Grid(4, 32, False)
+    module = QuantLinear(K, N, grid, F16, bias=F32, device="meta")
+    declared = {name: (t.dtype, tuple(t.shape)) for name, t in module.named_parameters()}
+    specs = {name: (spec.dtype, spec.shape) for name, spec in ct.specs((N, K), grid, F16).items()}
+    assert declared == specs | {"bias": (F32, (N,))}
+    assert all(parameter.is_meta for parameter in module.parameters())
+    assert repr(module) == "QuantLinear(96, 48, bias=True, int4 asymmetric, groups of 32)"
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda module: module.half(),
+        lambda module: module.float(),
+        lambda module: module.double(),
+        lambda module: module.to(F16),
+        lambda module: module.to(torch.device("cpu"), F16),
+        lambda module: nn.Sequential(module).half()[0],
+    ],
+)
+def test_casts_reach_the_bias_and_not_the_scales(cast: Any) -> None:
+    module = linear()
+    scale, bias = module.weight_scale.clone(), module.bias.clone()
+    cast(module)
+    assert module.weight_scale.dtype == BF16
+    assert torch.equal(module.weight_scale, scale)
+    assert module.weight_packed.dtype == torch.int32
+    assert module.weight_shape.dtype == torch.int64
+    assert module.bias.dtype != BF16
+    assert torch.equal(module.bias, bias.to(module.bias.dtype))
+
+
+def test_moves_reach_everything() -> None:
+    module = linear(Grid(4, 32, False)).to("meta")
+    assert all(parameter.is_meta for parameter in module.parameters())
+    assert module.weight_scale.dtype == BF16
+
+
+def test_layouts_are_made_once_and_dropped_when_something_changes() -> None:
+    module, x = linear(bias=False), rows(1)
+    with torch.no_grad():
+        first = module(x)
+        made = module._made(cpu_int4)
+        assert made is not None
+        module.to("cpu")
+        module(x)
+        assert module._made(cpu_int4) is made, "a move to where it is changes nothing"
+        other = QuantLinear.from_quantized(quantized(Grid(4, 32, True), seed=5))
+        module.load_state_dict(other.state_dict())
+        assert module._made(cpu_int4) is None
+        assert torch.equal(module(x), other(x))
+        assert not torch.equal(module(x), first)
+        module.weight_packed = nn.Parameter(linear(bias=False).weight_packed.data, requires_grad=False)
+        module.weight_scale = nn.Parameter(linear(bias=False).weight_scale.data, requires_grad=False)
+        assert torch.equal(module(x), first), "other tensors are noticed"
+        module._apply(torch.clone)  # new data in the same parameters
+        assert module._made(cpu_int4) is None
+
+
+def test_the_number_of_rows_decides_in_a_forward() -> None:
+    most = cpu_int4.MOST_ROWS
+    with torch.no_grad():
+        outputs = {name: linear(kernel=name)(rows(most + 1)) for name in ("cpu_int4", "slab")}
+        assert not torch.equal(*outputs.values())
+        assert torch.equal(linear()(rows(most + 1)), outputs["slab"])
+        assert torch.equal(linear()(rows(most + 1)[:most]), outputs["cpu_int4"][:most])
+
+
+def test_streamed_weights_are_not_kept_in_another_form() -> None:
+    module, x = linear(), rows(1)
+    module.streamed = True
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), linear()(x), rtol=2e-2, atol=0.1)
+    assert module._layouts == {}
+    assert module.choice(BF16, 1).kernel is slab
+
+
+def test_copies_and_pickles_carry_the_stored_tensors_alone() -> None:
+    module, x = linear(), rows(3)
+    with torch.no_grad():
+        want = module(x)
+        file = io.BytesIO()
+        torch.save(module, file)
+        size = sum(parameter.nbytes for parameter in module.parameters())
+        assert file.tell() < size + 6000
+        file.seek(0)
+        for other in (copy.deepcopy(module), torch.load(file, weights_only=False)):
+            assert other._layouts == {}
+            assert torch.equal(other(x), want)
+            assert other.weight_packed.data_ptr() != module.weight_packed.data_ptr()
+
+
+def test_a_layout_made_in_inference_mode_serves_outside_of_it() -> None:
+    module = linear(bias=False)
+    with torch.inference_mode():
+        module(rows(1))
+        module(rows(60))
+    assert not module._made(cpu_int4).weight.is_inference()
+    x = rows(60, dtype=BF16).requires_grad_()
+    module(x).sum().backward()
+    assert x.grad is not None
+    with torch.no_grad():
+        module(rows(1))
+
+
+@pytest.mark.parametrize("grid", [Grid(4, 32, True), Grid(8, None, False)], ids=str)
+def test_gradients_reach_the_input(grid: Grid) -> None:
+    module = linear(grid, F32)
+    x = rows(2, 3, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(module, x)
+    few = rows(1).requires_grad_()  # a number of rows that goes to the int4 op without gradients
+    linear(grid)(few).float().pow(2).sum().backward()
+    twin = dense_twin(linear(grid), BF16)
+    other = rows(1).requires_grad_()
+    twin(other).float().pow(2).sum().backward()
+    torch.testing.assert_close(few.grad, other.grad, rtol=3e-2, atol=1.0)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_it_compiles_whole_and_takes_the_layouts_that_are_there(symmetric: bool) -> None:
+    torch._dynamo.reset()
+    module = nn.Sequential(linear(Grid(4, 32, symmetric)), nn.SiLU(), nn.Linear(N, K, dtype=BF16))
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        got = compiled(rows(1))
+        assert module[0]._made(cpu_int4) is None, "a compiled forward makes no layout"
+        torch.testing.assert_close(got, module(rows(1)), rtol=2e-2, atol=0.1)
+        module[0].ready(BF16)
+        for x in (rows(1), rows(2, 30), rows(3, 40), rows(1)):
+            assert torch.equal(compiled(x), module(x))
+        module[0].load_state_dict(linear(Grid(4, 32, symmetric), bias=True).state_dict())
+        torch.testing.assert_close(compiled(rows(1)), module(rows(1)), rtol=2e-2, atol=0.1)
+    x = rows(60).requires_grad_()
+    compiled(x).float().sum().backward()
+    other = rows(60).requires_grad_()
+    module(other).float().sum().backward()
+    assert torch.equal(x.grad, other.grad)
+
+
+def test_kernels_can_be_forced_and_say_when_they_cannot() -> None:
+    x = rows(2)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(kernel="reference")(x), linear(kernel="slab")(x), rtol=2e-2, atol=0.1)
+        with pytest.raises(LlmqError, match="cpu_int4 takes groups that 32 divides; these have 24"):
+            linear(Grid(4, 24, True), kernel="cpu_int4")(x)
+    with pytest.raises(LlmqError, match=r"must end in 96 features; got \[2, 95\]"):
+        linear()(x[:, 1:])
+
+
+def test_scales_per_tensor_are_refused() -> None:
+    grid = Grid(4, None, True, per_tensor=True)
+    with pytest.raises(LlmqError, match="not per tensor"):
+        QuantLinear.from_quantized(quantized(grid))

@@ -23,7 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from llmq.blocks import Call, Captured, walk
+from llmq.blocks import Call, Captured
 from llmq.config import QuantConfig, method
 from llmq.core.grid import clipped_share
 from llmq.core.quantized import QuantizedWeight
@@ -34,6 +34,7 @@ from llmq.methods.rtn import rtn
 from llmq.plan import Plan
 from llmq.statistics import SecondMoment
 from llmq.topology import input_groups, linears
+from llmq.walk import walk
 
 
 @dataclass(frozen=True)

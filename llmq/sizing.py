@@ -7,7 +7,7 @@ Predicted peak memory is the sum of what is alive at the worst moment, each part
     block         the largest block, twice: as loaded, and as the float32 weight being rounded
     moments       three K x K float32 matrices for the widest input (sum, Hessian, factor)
     activations   the blocks' inputs and outputs for every calibration token
-    inside        what suspended forwards hold inside the block (at most `blocks.PAUSED_BYTES`)
+    inside        what suspended forwards hold inside the block (at most `walk.PAUSED_BYTES`)
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from llmq.blocks import PAUSED_BYTES
 from llmq.formats import compressed_tensors as ct
 from llmq.formats.compressed_tensors import TensorSpec
 from llmq.plan import Plan, Planned
 from llmq.report import peak_rss_bytes
+from llmq.walk import PAUSED_BYTES
 
 if TYPE_CHECKING:
     from llmq.hf.source import Source

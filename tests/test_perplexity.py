@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llmq.errors import LlmqError
-from llmq.eval import perplexity as module
+from llmq.eval import slabs
 from llmq.eval.perplexity import Perplexity, paired_difference, perplexity
 
 transformers = pytest.importorskip("transformers")
@@ -78,7 +78,7 @@ def head_rows(model):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_the_naive_computation_in_slabs(family, monkeypatch):
-    monkeypatch.setattr(module, "SLAB_LOGITS", 30 * VOCABULARY)
+    monkeypatch.setattr(slabs, "SLAB_LOGITS", 30 * VOCABULARY)
     model, ids = tiny(family), stream(4 * WINDOW + 9)
     rows = head_rows(model)
     found = perplexity(model, ids, WINDOW)
@@ -184,7 +184,7 @@ def test_a_window_beyond_the_context_is_reduced_and_said():
 
 
 def test_bfloat16_loss_is_computed_in_float32(monkeypatch):
-    monkeypatch.setattr(module, "SLAB_LOGITS", 30 * VOCABULARY)
+    monkeypatch.setattr(slabs, "SLAB_LOGITS", 30 * VOCABULARY)
     model, ids = tiny("llama").bfloat16(), stream(3 * WINDOW)
     found = perplexity(model, ids, WINDOW)
     assert found.notes == ()
@@ -229,7 +229,7 @@ class Hidden(Mixed):
 @pytest.mark.parametrize("kind", [Mixed, Fixed, Hidden])
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_a_head_that_cannot_be_cut_is_run_whole_and_said(kind, batch_size, monkeypatch):
-    monkeypatch.setattr(module, "SLAB_LOGITS", 30 * VOCABULARY)
+    monkeypatch.setattr(slabs, "SLAB_LOGITS", 30 * VOCABULARY)
     model, ids = kind(tiny("llama")).eval(), stream(3 * WINDOW)
     found = perplexity(model, ids, WINDOW, batch_size=batch_size)
     assert found.notes == ("logits were computed all at once: the model's head cannot be run on slabs of rows",)
@@ -237,7 +237,7 @@ def test_a_head_that_cannot_be_cut_is_run_whole_and_said(kind, batch_size, monke
 
 
 def test_the_model_is_left_as_it_was(monkeypatch):
-    monkeypatch.setattr(module, "SLAB_LOGITS", 30 * VOCABULARY)
+    monkeypatch.setattr(slabs, "SLAB_LOGITS", 30 * VOCABULARY)
     model, ids = tiny("llama"), stream(2 * WINDOW)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     forward = model.model.forward

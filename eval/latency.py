@@ -4,7 +4,8 @@ Two figures that must not be mixed: prefill (one forward over the prompt, bound 
 forward with a key/value cache, bound by reading the weights). The prompt is seeded random ids: speed does not depend
 on the words. Decoding is greedy and by hand, so that nothing of `generate()` is timed. Every repeat starts with an
 empty cache that the model makes itself; one untimed run comes first (kernels are chosen, layouts packed, pages
-touched); the median of the repeats is reported.
+touched); the median of the repeats is reported. Several models are measured in turns, repeat by repeat, so that a machine
+whose speed drifts slows all of them alike and their ratios hold.
 
 No figure here says that the output is right: show it beside a perplexity. Left out: static caches and compiled
 graphs, time to first token under load, batches of unequal lengths.
@@ -16,7 +17,7 @@ import inspect
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.errors import LlmqError
-from llmq.eval.perplexity import context_length, evaluation_mode, input_device, vocabulary_size
+from llmq.eval.models import context_length, evaluation_mode, input_device, vocabulary_size
 
 WARM_UP_TOKENS = 2
 
@@ -60,21 +61,46 @@ def measure(
 
     Raises `LlmqError` for sizes below 1, and where prompt and new tokens exceed the model's context.
     """
+    return measure_in_turns([model], prompt_tokens, new_tokens, batch_size, repeats)[0]
+
+
+def measure_in_turns(
+    models: Sequence[nn.Module], prompt_tokens: int = 512, new_tokens: int = 64, batch_size: int = 1, repeats: int = 3
+) -> list[Latency]:
+    """As `measure`, for several loaded models: every repeat runs each of them once, in order."""
     sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch_size": batch_size, "repeats": repeats}
-    _check(model, sizes)
-    device = input_device(model)
-    words = vocabulary_size(model) or 1
+    for model in models:
+        _check(model, sizes)
+        if input_device(model).type == "cuda":
+            torch.cuda.reset_peak_memory_stats(input_device(model))
+    prompts = [_prompt(model, batch_size, prompt_tokens) for model in models]
+    times: list[list[tuple[float, float]]] = [[] for _ in models]
+    for repeat in range(repeats + 1):
+        for model, prompt, found in zip(models, prompts, times, strict=True):
+            with evaluation_mode(model):
+                if repeat == 0:
+                    _once(model, prompt, min(WARM_UP_TOKENS, new_tokens))
+                else:
+                    found.append(_once(model, prompt, new_tokens))
+    return [_latency(model, found, sizes) for model, found in zip(models, times, strict=True)]
+
+
+def _prompt(model: nn.Module, batch_size: int, tokens: int) -> Tensor:
+    """Seeded random ids [batch, tokens] where the model takes them."""
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(words, (batch_size, prompt_tokens), generator=generator).to(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with evaluation_mode(model):
-        _once(model, prompt, min(WARM_UP_TOKENS, new_tokens))
-        times = [_once(model, prompt, new_tokens) for _ in range(repeats)]
+    words = vocabulary_size(model) or 1
+    return torch.randint(words, (batch_size, tokens), generator=generator).to(input_device(model))
+
+
+def _latency(model: nn.Module, times: Sequence[tuple[float, float]], sizes: dict[str, int]) -> Latency:
+    device = input_device(model)
     memory, peak = _peak_memory(device)
+    batch_size = sizes["batch_size"]
     return Latency(
-        prefill_tokens_per_second=prompt.numel() / statistics.median(prefill for prefill, _ in times),
-        decode_tokens_per_second=batch_size * new_tokens / statistics.median(decode for _, decode in times),
+        prefill_tokens_per_second=batch_size
+        * sizes["prompt_tokens"]
+        / statistics.median(prefill for prefill, _ in times),
+        decode_tokens_per_second=batch_size * sizes["new_tokens"] / statistics.median(decode for _, decode in times),
         peak_memory_bytes=peak,
         memory=memory,
         **sizes,

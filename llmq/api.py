@@ -216,8 +216,9 @@ def quantization_config(source: Source, plan: Plan, config: QuantConfig) -> dict
     grids = {source.checkpoint_name(name): row.grid for name, row in plan.linears.items()}
     # Both names where they differ: engines match the files' names, transformers the modules'.
     ignored = list(dict.fromkeys(n for name in plan.ignored for n in (source.checkpoint_name(name), name)))
-    ordered = config.method == "gptq"
-    return ct.config(grids, ignored, ordered) | {"llmq": {"version": _versions()["llmq"], **config.to_dict()}}
+    return ct.config(grids, ignored, method(config.method).ordered) | {
+        "llmq": {"version": _versions()["llmq"], **config.to_dict()}
+    }
 
 
 def bits_per_weight(plan: Plan, dtype: torch.dtype) -> float:

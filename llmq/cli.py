@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -72,7 +72,11 @@ def quantize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print sizes and memory; read no weights")] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Quantize MODEL into a compressed-tensors checkpoint folder."""
+    """Quantize MODEL into a compressed-tensors checkpoint folder.
+
+    \f
+    (Over 50 lines: every option is one.)
+    """
 
     def run() -> None:
         from llmq.console import block_progress, make_console, print_json, print_preview, print_report
@@ -124,13 +128,14 @@ def evaluate(
     dtype: Annotated[DtypeName, typer.Option(help="of every model [cpu: float32, else bfloat16]")] = DEFAULT_DTYPE,
     device: DeviceOption = "auto",
     revision: RevisionOption = None,
+    speed: Annotated[bool, typer.Option("--speed", help="tokens/s too; loads all models at once")] = False,
     quiet: QuietOption = False,
 ) -> None:
     """Perplexity of one or several models on the same text, with the difference to the first."""
 
     def run() -> None:
-        from llmq.console import make_console, print_json, print_perplexities, window_progress
-        from llmq.evaluation import perplexity_of
+        from llmq.console import make_console, print_json, print_perplexities, print_speeds, window_progress
+        from llmq.evaluation import compared, perplexity_of, speed_of
 
         results = []
         for name in models:
@@ -147,8 +152,15 @@ def evaluate(
                     progress=progress,
                 )
             results.append((name, result, told))
-        print_perplexities(make_console(quiet), results)
-        lines = [{"model": name, **told} for name, _, told in results]
+        console = make_console(quiet)
+        print_perplexities(console, results)
+        lines = [{"model": name, **told, **compared(results[0][1], result)} for name, result, told in results]
+        if speed:
+            speeds, kind = speed_of(
+                [open_named(name) for name in models], dtype=dtype.value, device=device, revision=revision
+            )
+            print_speeds(console, models, speeds, kind)
+            lines = [line | {"speed": {"dtype": kind, **asdict(s)}} for line, s in zip(lines, speeds, strict=True)]
         print_json(lines if len(lines) > 1 else lines[0])
 
     guarded(run)

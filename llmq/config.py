@@ -22,17 +22,24 @@ PER_CHANNEL = -1
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the method table: what `--method NAME` stands for."""
+    """One row of the method table: what `--method NAME` stands for.
+
+    default_scales: `--scales` where it is not given. calibrated: whether it needs text. ordered: whether columns are
+    rounded in the order of their activations (checkpoints record it).
+    """
 
     name: str
     default_scales: str
     calibrated: bool
+    ordered: bool
     summary: str
 
 
 METHODS = (
-    Method("rtn", "minmax", False, "round to nearest: no data, seconds, the baseline"),
-    Method("gptq", "search", True, "second-order rounding with error feedback (Frantar et al., arXiv 2210.17323)"),
+    Method("rtn", "minmax", False, False, "round to nearest: no data, seconds, the baseline"),
+    Method(
+        "gptq", "search", True, True, "second-order rounding with error feedback (Frantar et al., arXiv 2210.17323)"
+    ),
 )
 
 

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from llmq.eval.latency import Latency
     from llmq.eval.perplexity import Perplexity
     from llmq.pipeline import LinearReport, Step
     from llmq.report import Report
@@ -202,6 +203,26 @@ def print_perplexities(console: Console, results: Sequence[tuple[str, Perplexity
     console.print(table)
     for note in dict.fromkeys(note for _, result, _ in results for note in result.notes):
         console.print(f"note: {note}", markup=False)
+
+
+def print_speeds(console: Console, names: Sequence[str], speeds: Sequence[Latency], dtype: str) -> None:
+    """Tokens per second of each model, and the ratio to the first."""
+    first = speeds[0]
+    where = first.device if first.device != "cpu" else f"cpu, {first.threads} threads"
+    table = Table(
+        title=f"tokens/s on {where}, {dtype}: prompt of {first.prompt_tokens}, then {first.new_tokens} by one"
+    )
+    for heading in ("model", "prefill", "to the first", "decode", "to the first"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for name, found in zip(names, speeds, strict=True):
+        cells = []
+        for mine, base in (
+            (found.prefill_tokens_per_second, first.prefill_tokens_per_second),
+            (found.decode_tokens_per_second, first.decode_tokens_per_second),
+        ):
+            cells += [f"{mine:.1f}", "" if found is first else f"{mine / base:.2f}x"]
+        table.add_row(name, *cells)
+    console.print(table)
 
 
 def _decimals(value: float | None) -> str:

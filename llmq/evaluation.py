@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from llmq.api import load, pick_device
 from llmq.calibration import tokenize
 from llmq.errors import LlmqError
 from llmq.eval.corpus import load_text
-from llmq.eval.perplexity import Perplexity, perplexity
+from llmq.eval.latency import Latency, measure_in_turns
+from llmq.eval.perplexity import Perplexity, paired_difference, perplexity
 
 
 def open_model(source: Any, dtype: str, device: str = "cpu", revision: str | None = None) -> tuple[Any, Any]:
@@ -75,6 +76,23 @@ def perplexity_of(
         "seconds": round(result.seconds, 2),
     }
     return result, told
+
+
+def compared(first: Perplexity, other: Perplexity) -> dict[str, float | None]:
+    """JSON values of the paired difference to the first model; none for the first itself."""
+    if other is first:
+        return {}
+    difference, error = paired_difference(first, other)
+    return {"to_first": difference, "to_first_stderr": error}
+
+
+def speed_of(
+    sources: Sequence[Any], *, dtype: str = "auto", device: str = "auto", revision: str | None = None
+) -> tuple[list[Latency], str]:
+    """Prefill and decode speed of several models, loaded together and measured in turns; and the dtype (auto: bfloat16)."""
+    place, kind = pick_device(device), "bfloat16" if dtype == "auto" else dtype
+    models = [open_model(source, kind, place, revision)[0] for source in sources]
+    return measure_in_turns(models), kind
 
 
 def generate_text(

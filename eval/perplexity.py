@@ -15,19 +15,18 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmq.errors import LlmqError
-from llmq.eval.models import context_length, evaluation_mode, vocabulary_size
+from llmq.eval.models import evaluation_mode
 from llmq.eval.slabs import Slab, logits_in_slabs
+from llmq.eval.windows import cut_windows, standard_error
 
 MAX_NATS = 700  # exp of more is no float64
 
@@ -84,8 +83,10 @@ def perplexity(
     shorter than one window, and a loss that is NaN or inf (naming the window).
     """
     started = time.perf_counter()
-    window, notes = _fit_to_context(model, window)
-    ids = _cut(model, token_ids, window, limit, batch_size)  # [n, window]
+    if batch_size < 1:
+        raise LlmqError(f"batch_size must be at least 1; got {batch_size}")
+    ids, notes = cut_windows(model, token_ids, window, limit)  # [n, window]
+    window = ids.shape[1]
     nats: list[float] = []
     with evaluation_mode(model):
         slabs, unslabbed = logits_in_slabs(model, ids[:1])
@@ -98,7 +99,7 @@ def perplexity(
     value = math.exp(mean)
     return Perplexity(
         value=value,
-        stderr=_standard_error([value * window_nats for window_nats in nats]),
+        stderr=standard_error([value * window_nats for window_nats in nats]),
         bits_per_byte=_bits_per_byte(tokenizer, ids, mean),
         tokens=ids.numel() - len(ids),
         windows=len(ids),
@@ -126,39 +127,7 @@ def paired_difference(a: Perplexity, b: Perplexity) -> tuple[float, float | None
             f"evaluate both on one text with one tokenizer and one window"
         )
     pairs = zip(a.window_nats, b.window_nats, strict=True)
-    return b.value - a.value, _standard_error([b.value * nats_b - a.value * nats_a for nats_a, nats_b in pairs])
-
-
-def _fit_to_context(model: nn.Module, window: int) -> tuple[int, tuple[str, ...]]:
-    if window < 2:
-        raise LlmqError(f"window must be at least 2 (a window's first token is never predicted); got {window}")
-    context = context_length(model)
-    if context is None or window <= context:
-        return window, ()
-    return context, (f"window reduced from {window} to the model's context of {context} tokens",)
-
-
-def _cut(model: nn.Module, token_ids: Tensor, window: int, limit: int | None, batch_size: int) -> Tensor:
-    """The checked windows: int64 `[n, window]` on the CPU."""
-    for name, value in (("limit", limit), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise LlmqError(f"{name} must be at least 1; got {value}")
-    if token_ids.dim() != 1 or token_ids.dtype != torch.int64:
-        raise LlmqError(f"token_ids must be int64 [tokens]; got {token_ids.dtype} {list(token_ids.shape)}")
-    if len(token_ids) < window:
-        raise LlmqError(
-            f"perplexity needs at least one full window: the text has {len(token_ids)} tokens, a window has {window}; "
-            f"use a longer text or a smaller window"
-        )
-    count = len(token_ids) // window if limit is None else min(len(token_ids) // window, limit)
-    ids = token_ids[: count * window].cpu().contiguous().view(count, window)
-    words = vocabulary_size(model)
-    if words is not None and not 0 <= int(ids.min()) <= int(ids.max()) < words:
-        raise LlmqError(
-            f"token ids must lie in the model's vocabulary of {words}; they go from {ids.min()} to {ids.max()}; "
-            f"use the tokenizer of this model"
-        )
-    return ids
+    return b.value - a.value, standard_error([b.value * nats_b - a.value * nats_a for nats_a, nats_b in pairs])
 
 
 def _window_means(slabs: Iterator[Slab]) -> list[float]:
@@ -174,11 +143,6 @@ def _nats(slab: Slab) -> float:
     """Summed -log p of the targets: float32 terms, float64 sum."""
     losses = F.cross_entropy(slab.logits.float(), slab.targets, reduction="none")
     return float(losses.cpu().double().sum())
-
-
-def _standard_error(terms: list[float]) -> float | None:
-    """Of the mean of `terms`; None for one term."""
-    return statistics.stdev(terms) / math.sqrt(len(terms)) if len(terms) > 1 else None
 
 
 def _check_finite(nats: list[float], start: int) -> None:

@@ -39,12 +39,8 @@ def test_gptq_beats_rtn_by_more_than_two_standard_errors(folders: dict[str, Path
 
 def test_stock_transformers_computes_the_same(folders: dict[str, Path]) -> None:
     pytest.importorskip("compressed_tensors")
-    from transformers import CompressedTensorsConfig
-
     ours, tokenizer = open_model(folders["gptq"], "float32")
-    stock = AutoModelForCausalLM.from_pretrained(
-        folders["gptq"], quantization_config=CompressedTensorsConfig(dequantize=True), dtype=torch.float32
-    )
+    stock = AutoModelForCausalLM.from_pretrained(folders["gptq"], dtype=torch.float32)
     ids = tokenizer("The capital of France is Paris. The capital of Italy is", return_tensors="pt").input_ids
     with torch.inference_mode():
         torch.testing.assert_close(ours(ids).logits, stock(ids).logits, rtol=0, atol=1e-3)

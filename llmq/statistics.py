@@ -32,13 +32,18 @@ class SecondMoment:
         self.tokens += x.shape[0]
 
     def value(self, name: str) -> Tensor:
-        """H float32 [K, K], symmetric. Raises `LlmqError`, naming the input of `name`, where it is not finite."""
+        """H float32 [K, K], symmetric, in place of the sum: nothing can be added after. Raises `LlmqError`, naming the input of `name`, where it is not finite."""
         if self.tokens == 0:
             raise LlmqError(f"no token reached {name}: nothing is known of its inputs")
-        upper = self._sum.triu() / self.tokens
-        if not bool(torch.isfinite(upper).all()):
-            raise LlmqError(
-                f"the input of {name} holds NaN or inf: the model overflows in its dtype on this calibration text; "
-                "try --dtype bfloat16 or float32"
-            )
-        return upper + upper.triu(1).T
+        for start in range(0, len(self._sum), PANEL):
+            stop = start + PANEL
+            right = self._sum[start:stop, start:].div_(self.tokens)
+            if not bool(torch.isfinite(right).all()):
+                raise LlmqError(
+                    f"the input of {name} holds NaN or inf: the model overflows in its dtype on this calibration text; "
+                    "try --dtype bfloat16 or float32"
+                )
+            square = right[:, :PANEL].triu()
+            right[:, :PANEL] = square + square.triu(1).T
+            self._sum[stop:, start:stop] = right[:, PANEL:].T
+        return self._sum

@@ -172,7 +172,7 @@ def test_search_survives_zero_groups_and_dead_columns() -> None:
 
 def test_factor_inverts_the_damped_hessian() -> None:
     _, hessian = problem(2, 48)
-    factor, notes = inverse_factor(hessian, 0.01)
+    factor, notes = inverse_factor(hessian, torch.arange(len(hessian)), 0.01)
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(48)
     assert notes == ()
     assert torch.equal(factor, factor.triu())

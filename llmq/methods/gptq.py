@@ -44,31 +44,35 @@ def gptq(weight: Tensor, hessian: Tensor | None, target: Target) -> Rounded:
     diagonal = hessian.diagonal()
     scale, zero = fit_scales(target.scales)(weight, target.grid, target.dtype, diagonal)
     order = torch.argsort(diagonal, descending=True, stable=True)
-    factor, notes = inverse_factor(hessian[order][:, order], target.damping)
+    factor, notes = inverse_factor(hessian, order, target.damping)
     codes = round_with_feedback(weight, factor, order, scale, zero, target.grid)
     size = target.grid.columns_per_group(weight.shape[1])
     return Rounded(QuantizedWeight(codes, scale, zero, size, target.grid.bits), notes)
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, tuple[str, ...]]:
-    """Upper triangular U with U^T U = (H + damping * mean(diag H) * I)^-1, and notes on what it took.
+def inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, tuple[str, ...]]:
+    """Upper triangular U with U^T U = (H' + damping * mean(diag H) * I)^-1, H' being H in `order`; and what it took.
 
     hessian: symmetric float32 [K, K], not changed. Dead columns get the mean diagonal, which cuts them off from the rest.
-    Reversing rows and columns turns the lower Cholesky factor of H into an upper A with A A^T = H; then U = A^-1.
+    Reversing rows and columns turns the lower Cholesky factor of H' into an upper A with A A^T = H'; then U = A^-1.
+    Two K x K matrices are alive beside H at the worst moment.
     """
     diagonal = hessian.diagonal()
     dead = diagonal <= 0
     notes: tuple[str, ...] = (f"{int(dead.sum())} dead inputs",) if bool(dead.any()) else ()
     mean = diagonal.sum(dtype=torch.float64).item() / max(1, int((~dead).sum())) or 1.0
+    backward = order.flip(0)
     for dtype in (torch.float32, torch.float64):
         for factor in DAMPING_FACTORS:
-            damped = hessian.to(dtype, copy=True)
-            damped.diagonal().add_(damping * factor * mean).add_(dead.to(dtype), alpha=mean)
-            lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-            if not bool(failed) and bool(torch.isfinite(lower).all()):
-                eye = torch.eye(len(hessian), dtype=dtype, device=hessian.device)
-                inverse = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
-                if bool(torch.isfinite(inverse).all()):
+            damped = hessian[backward.unsqueeze(1), backward].to(dtype)
+            damped.diagonal().add_(damping * factor * mean).add_(dead[backward].to(dtype), alpha=mean)
+            failed = torch.empty((), dtype=torch.int32, device=hessian.device)
+            torch.linalg.cholesky_ex(damped, out=(damped, failed))
+            if not bool(failed) and bool(torch.isfinite(damped.diagonal()).all()):
+                damped = damped.flip(0, 1)
+                inverse = torch.eye(len(hessian), dtype=dtype, device=hessian.device)
+                torch.linalg.solve_triangular(damped, inverse, upper=True, out=inverse)
+                if bool(torch.isfinite(inverse.sum())):
                     return inverse.to(hessian.dtype), notes
             used = str(dtype).removeprefix("torch.")
             notes += (f"not positive definite at damping {damping * factor:g} in {used}",)

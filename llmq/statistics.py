@@ -32,7 +32,10 @@ class SecondMoment:
         self.tokens += x.shape[0]
 
     def value(self, name: str) -> Tensor:
-        """H float32 [K, K], symmetric, in place of the sum: nothing can be added after. Raises `LlmqError`, naming the input of `name`, where it is not finite."""
+        """H float32 [K, K], symmetric, in place of the sum: nothing can be added after.
+
+        Raises `LlmqError`, naming the input of `name`, where it is not finite.
+        """
         if self.tokens == 0:
             raise LlmqError(f"no token reached {name}: nothing is known of its inputs")
         for start in range(0, len(self._sum), PANEL):

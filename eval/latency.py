@@ -36,7 +36,8 @@ class Latency:
 
     prefill_tokens_per_second: batch_size * prompt_tokens over the time of the one forward.
     decode_tokens_per_second: batch_size * new_tokens over the time of the single-token forwards.
-    peak_memory_bytes: see `memory`; None where the system does not tell.
+    weight_bytes: of the model's parameters and buffers, as they are stored.
+    peak_memory_bytes: see `memory`; None where the system does not tell, and where several models are measured in turns.
     memory: what was counted: bytes allocated on the GPU since the start of the measurement, or on the CPU the largest
         resident set of the process since *it* started, which includes loading.
     device, threads: where it ran, and on how many CPU threads of torch.
@@ -44,6 +45,7 @@ class Latency:
 
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
+    weight_bytes: int
     peak_memory_bytes: int | None
     memory: str
     prompt_tokens: int
@@ -82,7 +84,7 @@ def measure_in_turns(
                     _once(model, prompt, min(WARM_UP_TOKENS, new_tokens))
                 else:
                     found.append(_once(model, prompt, new_tokens))
-    return [_latency(model, found, sizes) for model, found in zip(models, times, strict=True)]
+    return [_latency(model, found, sizes, len(models) == 1) for model, found in zip(models, times, strict=True)]
 
 
 def _prompt(model: nn.Module, batch_size: int, tokens: int) -> Tensor:
@@ -92,7 +94,7 @@ def _prompt(model: nn.Module, batch_size: int, tokens: int) -> Tensor:
     return torch.randint(words, (batch_size, tokens), generator=generator).to(input_device(model))
 
 
-def _latency(model: nn.Module, times: Sequence[tuple[float, float]], sizes: dict[str, int]) -> Latency:
+def _latency(model: nn.Module, times: Sequence[tuple[float, float]], sizes: dict[str, int], alone: bool) -> Latency:
     device = input_device(model)
     memory, peak = _peak_memory(device)
     batch_size = sizes["batch_size"]
@@ -101,7 +103,8 @@ def _latency(model: nn.Module, times: Sequence[tuple[float, float]], sizes: dict
         * sizes["prompt_tokens"]
         / statistics.median(prefill for prefill, _ in times),
         decode_tokens_per_second=batch_size * sizes["new_tokens"] / statistics.median(decode for _, decode in times),
-        peak_memory_bytes=peak,
+        weight_bytes=sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
+        peak_memory_bytes=peak if alone else None,
         memory=memory,
         **sizes,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

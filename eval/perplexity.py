@@ -112,6 +112,11 @@ def perplexity(
     )
 
 
+def comparable(a: Perplexity, b: Perplexity) -> bool:
+    """Whether the two were measured on the same windows of the same tokens."""
+    return (a.fingerprint, a.window) == (b.fingerprint, b.window)
+
+
 def paired_difference(a: Perplexity, b: Perplexity) -> tuple[float, float | None]:
     """(b.value - a.value, its standard error), the windows being compared in pairs.
 
@@ -120,7 +125,7 @@ def paired_difference(a: Perplexity, b: Perplexity) -> tuple[float, float | None
 
     Raises `LlmqError` where the two were not measured on the same windows of the same tokens.
     """
-    if (a.fingerprint, a.window) != (b.fingerprint, b.window):
+    if not comparable(a, b):
         raise LlmqError(
             f"a paired difference needs the same windows of the same tokens: one has {a.windows} of {a.window} "
             f"(ids {a.fingerprint}), the other {b.windows} of {b.window} (ids {b.fingerprint}); "

@@ -115,6 +115,7 @@ def prepare(packed: Packed) -> Runtime:
 
 def run(x: Tensor, runtime: Runtime) -> Tensor:
     """x [M, K] -> y [M, N], both bfloat16."""
+    x = x.contiguous()
     y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, runtime.weight, runtime.group_size, runtime.pairs)
     if y.shape[1] != runtime.rows:
         y = y[:, : runtime.rows] + y[:, runtime.rows :]

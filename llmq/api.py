@@ -85,7 +85,7 @@ def quantize(
             checkpoint_bytes=sum(spec.nbytes for spec in specs.values()),
             calibration=told,
             fallbacks=tuple(f"{row.name}: {note}" for row in rows for note in row.notes),
-            notes=tuple(opened.notes),
+            notes=(*opened.notes, *(told.pop("notes") if told else ())),
             versions=_versions(),
             layers=tuple(rows),
         )
@@ -101,14 +101,17 @@ def preview(
     *,
     revision: str | None = None,
 ) -> Preview:
-    """What `quantize` would write and need, from headers and shapes alone: no weight is read, nothing is written."""
+    """What `quantize` would write and at most need, from names and shapes: nothing is quantized or written.
+
+    Of a folder only headers are read; a repo id is downloaded first, and a GGUF file is read whole.
+    """
     from llmq.hf.source import open_source
 
     config = config or QuantConfig()
     opened = open_source(source, dtype=config.dtype, device="cpu", revision=revision)
     plan = make_plan(opened.model, config)
     calibration = calibration or Calibration()
-    tokens = calibration.num_samples * calibration.seq_len if method(config.method).calibrated else 0
+    tokens = calibration.num_samples * _length(opened, calibration) if method(config.method).calibrated else 0
     return make_preview(opened, plan, tokens)
 
 
@@ -157,21 +160,28 @@ def _windows(
     """Token windows [n, tokens], and what the report says of them."""
     if not method(config.method).calibrated:
         return torch.arange(PROBE_TOKENS).remainder(source.config.get_text_config().vocab_size)[None], None
-    if isinstance(calibration, Tensor):
-        windows, name = calibration, "token ids"
-        if windows.ndim != 2 or windows.dtype != torch.int64 or not windows.numel():
-            raise LlmqError(
-                f"calibration token ids must be int64 [windows, tokens]; got {windows.dtype} {windows.shape}"
-            )
+    notes = []
+    if calibration is not None and not isinstance(calibration, Calibration):
+        windows, name = calibrating.checked(calibration, source.config.get_text_config()), "token ids"
     else:
         asked = calibration or Calibration()
         corpus = load_text(asked.dataset, "calibration")
         ids = calibrating.tokenize(source.tokenizer(), corpus.text)
-        context = getattr(source.config.get_text_config(), "max_position_embeddings", None) or asked.seq_len
-        windows = calibrating.windows(ids, asked.num_samples, min(asked.seq_len, context), asked.seed)
+        length = _length(source, asked)
+        windows = calibrating.windows(ids, asked.num_samples, length, asked.seed)
         name = corpus.name
+        if length < asked.seq_len:
+            notes.append(f"calibration windows of {length} tokens, not {asked.seq_len}: the model's context")
+        if len(windows) < asked.num_samples:
+            notes.append(f"{len(windows)} calibration windows, not {asked.num_samples}: all that the text gives")
     count, length = windows.shape
-    return windows, {"dataset": name, "windows": count, "seq_len": length, "tokens": count * length}
+    return windows, {"dataset": name, "windows": count, "seq_len": length, "tokens": count * length, "notes": notes}
+
+
+def _length(source: Source, asked: Calibration) -> int:
+    """Tokens per calibration window: as asked, or the model's context."""
+    context = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    return min(asked.seq_len, context) if isinstance(context, int) else asked.seq_len
 
 
 def _run(

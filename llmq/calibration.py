@@ -28,6 +28,28 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
+def checked(token_ids: Any, config: Any) -> Tensor:
+    """A caller's own windows, int64 `[windows, tokens]` (a tensor or lists), fit for a model with this text config.
+
+    Raises `LlmqError` for other shapes and dtypes, ids outside the vocabulary and windows longer than the context.
+    """
+    try:
+        ids = torch.as_tensor(token_ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise LlmqError(f"calibration must be a Calibration or token ids [windows, tokens]: {error}") from None
+    if ids.ndim != 2 or ids.dtype != torch.int64 or not ids.numel():
+        raise LlmqError(f"calibration token ids must be int64 [windows, tokens]; got {ids.dtype} {list(ids.shape)}")
+    if not 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_size:
+        raise LlmqError(
+            f"calibration token ids must lie in the model's vocabulary of {config.vocab_size}; "
+            f"they go from {int(ids.min())} to {int(ids.max())}"
+        )
+    context = getattr(config, "max_position_embeddings", None)
+    if isinstance(context, int) and ids.shape[1] > context:
+        raise LlmqError(f"calibration windows must fit the model's context of {context}; got {ids.shape[1]} tokens")
+    return ids
+
+
 def windows(token_ids: Tensor, num_samples: int, seq_len: int, seed: int) -> Tensor:
     """Full windows of the token stream: int64 `[n, seq_len]`, n the smaller of `num_samples` and what the text gives.
 

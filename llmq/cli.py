@@ -17,6 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from llmq.config import DTYPES, METHODS, SCALES, Calibration, QuantConfig
+from llmq.config import method as named_method
 from llmq.errors import LlmqError
 
 DEMO_MODELS = ("demo", "demo-general")
@@ -69,7 +70,7 @@ def quantize(
     device: DeviceOption = "auto",
     revision: RevisionOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output folder")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print sizes and memory; read no weights")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print sizes and memory; quantize nothing")] = False,
     quiet: QuietOption = False,
 ) -> None:
     """Quantize MODEL into a compressed-tensors checkpoint folder.
@@ -91,10 +92,14 @@ def quantize(
             dtype=dtype.value,
         )
         calibration = Calibration(dataset, num_samples, seq_len, seed)
+        if not named_method(method.value).calibrated and calibration != Calibration():
+            raise LlmqError(
+                f"{method.value} takes no calibration text: leave out --dataset, --num-samples, --seq-len, --seed"
+            )
         console = make_console(quiet)
         from llmq import api
 
-        source = open_named(model or "demo")
+        source = open_named(model) if model else open_demo("demo")
         if dry_run:
             preview = api.preview(source, config, calibration, revision=revision)
             print_preview(console, preview)
@@ -200,8 +205,11 @@ def generate(
 
 def open_named(model: str) -> Any:
     """`demo` and `demo-general` stand for the embedded model and its copy in general position; others for themselves."""
-    if model not in DEMO_MODELS or Path(model).exists():
-        return model
+    return model if model not in DEMO_MODELS or Path(model).exists() else open_demo(model)
+
+
+def open_demo(model: str) -> Any:
+    """The embedded model, or (`demo-general`) its copy in general position."""
     from llmq.demo import demo_source, general_position
 
     source = demo_source()
@@ -212,7 +220,9 @@ def default_output(model: str, config: QuantConfig) -> Path:
     """`MODEL-METHOD-w4g128` in the current folder, after the last part of the model's name."""
     from llmq.demo import DEMO_NAME
 
-    name = DEMO_NAME if model in DEMO_MODELS else Path(model.rstrip("/")).name.removesuffix(".gguf")
+    name = (Path(model).resolve().name if Path(model).exists() else model.rpartition("/")[2]).removesuffix(".gguf")
+    if model in DEMO_MODELS:
+        name = DEMO_NAME + model.removeprefix("demo")
     group = "" if config.group_size < 0 else f"g{config.group_size}"
     return Path(f"{name}-{config.method}-w{config.bits}{group}{'' if config.symmetric else '-asym'}")
 
@@ -224,12 +234,12 @@ def guarded(run: Callable[[], None]) -> None:
     except LlmqError as error:
         _fail(f"error: {error}", 2)
     except KeyboardInterrupt:
-        _fail("interrupted: nothing was written", 130)
+        _fail("interrupted: no half-written folder is left", 130)
 
 
 def _fail(message: str, status: int) -> NoReturn:
     print(message, file=sys.stderr)
-    raise typer.Exit(status) from None
+    raise SystemExit(status) from None
 
 
 def main() -> None:

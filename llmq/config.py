@@ -56,7 +56,7 @@ class QuantConfig:
     """How weights are quantized.
 
     method: `rtn` or `gptq`.
-    bits: 2, 3, 4 or 8 (the checkpoint format carries 4 and 8).
+    bits: 2, 3, 4 or 8. (Serving engines read 4 and 8, which the command line offers.)
     group_size: columns that share one scale; -1 for one scale per output channel.
     symmetric: True stores no zero point; False stores one per group.
     scales: `minmax` (from the range of the weights) or `search` (least weighted error over a grid of candidates);

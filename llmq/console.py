@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from llmq.eval.latency import Latency
@@ -98,7 +99,7 @@ def window_progress(quiet: bool, label: str) -> Iterator[Callable[[int, int], No
     if quiet or not sys.stderr.isatty():
         yield lambda done, total: None
         return
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -108,11 +109,13 @@ def print_report(console: Console, report: Report) -> None:
     """The layer table and totals of a quantization, then the commands to run next."""
     calibrated = report.calibration is not None
     what = "output error" if calibrated else "weight error"
-    table = Table(title=f"{report.source}: {report.config.method}, {what} beside RTN's (share of the output's energy)")
+    table = Table(
+        title=Text(f"{report.source}: {report.config.method}, {what} beside RTN's (share of the output's energy)")
+    )
     for heading in ("linear", what, "RTN", "ratio", "end codes", "clipped", "group", "s"):
         table.add_column(heading, justify="left" if heading == "linear" else "right", no_wrap=True)
     for name, rows in _by_kind(report.layers).items():
-        table.add_row(name, *_averages(rows))
+        table.add_row(Text(name), *_averages(rows))
     console.print(table)
     if report.calibration:
         told = report.calibration
@@ -174,7 +177,7 @@ def print_preview(console: Console, preview: Preview) -> None:
         table.add_column(heading, justify="left" if heading in ("tensor", "as") else "right", no_wrap=True)
     for row in preview.rows:
         shape = " x ".join(map(str, row.shape))
-        table.add_row(row.name, shape, size(row.before), size(row.after), row.becomes)
+        table.add_row(Text(row.name), shape, size(row.before), size(row.after), row.becomes)
     console.print(table)
     for note in preview.notes:
         console.print(f"note: {note}", markup=False)
@@ -186,21 +189,27 @@ def print_preview(console: Console, preview: Preview) -> None:
 
 def print_perplexities(console: Console, results: Sequence[tuple[str, Perplexity, dict[str, Any]]]) -> None:
     """One row a model, with the difference to the first and its standard error over the same windows."""
-    from llmq.eval.perplexity import paired_difference
+    from llmq.eval.perplexity import comparable, paired_difference
 
     first = results[0][1]
     _, _, told = results[0]
-    table = Table(title=f"perplexity on {told['dataset']}, {first.windows} windows of {first.window}, {told['dtype']}")
+    table = Table(
+        title=Text(f"perplexity on {told['dataset']}, {first.windows} windows of {first.window}, {told['dtype']}")
+    )
     for heading in ("model", "perplexity", "± s.e.", "to the first", "± s.e.", "bits/byte", "s"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for name, result, _ in results:
         cells = ["", ""]
-        if result is not first:
+        if result is not first and comparable(first, result):
             difference, error = paired_difference(first, result)
             cells = [f"{difference:+.3f}", _decimals(error)]
         bits = f"{result.bits_per_byte:.4f}" if result.bits_per_byte else "-"
-        table.add_row(name, f"{result.value:.3f}", _decimals(result.stderr), *cells, bits, f"{result.seconds:.1f}")
+        table.add_row(
+            Text(name), f"{result.value:.3f}", _decimals(result.stderr), *cells, bits, f"{result.seconds:.1f}"
+        )
     console.print(table)
+    if not all(comparable(first, result) for _, result, _ in results):
+        console.print("note: not all were measured on the same tokens: compare bits/byte, not perplexity")
     for note in dict.fromkeys(note for _, result, _ in results for note in result.notes):
         console.print(f"note: {note}", markup=False)
 
@@ -212,7 +221,7 @@ def print_speeds(console: Console, names: Sequence[str], speeds: Sequence[Latenc
     table = Table(
         title=f"tokens/s on {where}, {dtype}: prompt of {first.prompt_tokens}, then {first.new_tokens} by one"
     )
-    for heading in ("model", "prefill", "to the first", "decode", "to the first"):
+    for heading in ("model", "prefill", "to the first", "decode", "to the first", "weights"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for name, found in zip(names, speeds, strict=True):
         cells = []
@@ -221,7 +230,7 @@ def print_speeds(console: Console, names: Sequence[str], speeds: Sequence[Latenc
             (found.decode_tokens_per_second, first.decode_tokens_per_second),
         ):
             cells += [f"{mine:.1f}", "" if found is first else f"{mine / base:.2f}x"]
-        table.add_row(name, *cells)
+        table.add_row(Text(name), *cells, size(found.weight_bytes))
     console.print(table)
 
 

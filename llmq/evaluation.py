@@ -14,15 +14,17 @@ from llmq.calibration import tokenize
 from llmq.errors import LlmqError
 from llmq.eval.corpus import load_text
 from llmq.eval.latency import Latency, measure_in_turns
-from llmq.eval.perplexity import Perplexity, paired_difference, perplexity
+from llmq.eval.models import context_length
+from llmq.eval.perplexity import Perplexity, comparable, paired_difference, perplexity
+
+PROMPT, NEW = 512, 64
+"""Tokens that `speed_of` reads and writes, or as many as the smallest context admits."""
 
 
 def open_model(source: Any, dtype: str, device: str = "cpu", revision: str | None = None) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder, repo id or GGUF value, plain or quantized; every float in `dtype`."""
-    from transformers import AutoTokenizer
-
     from llmq.hf.parts import quiet
-    from llmq.hf.serving import is_quantized
+    from llmq.hf.serving import is_quantized, is_quantized_otherwise
     from llmq.hf.source import open_source
 
     path = isinstance(source, (str, Path)) and not str(source).endswith(".gguf")
@@ -30,18 +32,30 @@ def open_model(source: Any, dtype: str, device: str = "cpu", revision: str | Non
     if path:
         try:
             with quiet():
-                packed = is_quantized(source, **hub)
+                packed = is_quantized(source, **hub) or is_quantized_otherwise(source, **hub)
         except (OSError, ValueError):
             packed = False  # `open_source` below says what is wrong with it
         if packed:
             with quiet():
                 model = load(source, dtype=dtype, **hub).to(device)
-                return model.eval(), AutoTokenizer.from_pretrained(source, **hub)
+                return model.eval(), _tokenizer(source, hub)
     opened = open_source(source, dtype=dtype, device=device, revision=revision)
     opened.load_outer()
     for index in range(len(opened)):
         opened.load_block(index)
     return opened.model.eval(), opened.tokenizer()
+
+
+def _tokenizer(source: Any, hub: dict[str, str]) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **hub)
+    except (OSError, ValueError, TypeError) as error:
+        raise LlmqError(
+            f"{source} has no tokenizer that can be loaded ({str(error).splitlines()[0]}); "
+            "put its files (tokenizer.json, tokenizer_config.json) beside the weights"
+        ) from error
 
 
 def perplexity_of(
@@ -79,8 +93,8 @@ def perplexity_of(
 
 
 def compared(first: Perplexity, other: Perplexity) -> dict[str, float | None]:
-    """JSON values of the paired difference to the first model; none for the first itself."""
-    if other is first:
+    """JSON values of the paired difference to the first model; none for the first itself, and for other tokens."""
+    if other is first or not comparable(first, other):
         return {}
     difference, error = paired_difference(first, other)
     return {"to_first": difference, "to_first_stderr": error}
@@ -92,7 +106,9 @@ def speed_of(
     """Prefill and decode speed of several models, loaded together and measured in turns; and the dtype (auto: bfloat16)."""
     place, kind = pick_device(device), "bfloat16" if dtype == "auto" else dtype
     models = [open_model(source, kind, place, revision)[0] for source in sources]
-    return measure_in_turns(models), kind
+    context = min((length for model in models if (length := context_length(model))), default=PROMPT + NEW)
+    new = min(NEW, max(1, context // 4))
+    return measure_in_turns(models, max(1, min(PROMPT, context - new)), new), kind
 
 
 def generate_text(
@@ -111,6 +127,8 @@ def generate_text(
 
     if max_new_tokens < 1:
         raise LlmqError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
+    if not prompt.strip():
+        raise LlmqError("the prompt is empty: give some text")
     place = pick_device(device)
     model, tokenizer = open_model(source, "bfloat16" if dtype == "auto" else dtype, place, revision)
     if raw or not getattr(tokenizer, "chat_template", None):

@@ -133,24 +133,30 @@ class QuantLinear(nn.Module):
     def _made(self, kernel: Kernel) -> Any:
         """A kernel's layout, if there is one of the tensors as they are now."""
         made = self._layouts.get(kernel.NAME)
-        return made[2] if made and made[0] is self.weight_packed and made[1] is self.weight_scale else None
+        if made is None:
+            return None
+        same = all(a is b for a, b in zip(made[0], self._stored(), strict=True))
+        return made[1] if same else None
+
+    def _stored(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.weight_packed, self.weight_scale, getattr(self, "weight_zero_point", None)
 
     def _layout(self, kernel: Kernel) -> Any:
         layout = self._made(kernel)
         if layout is not None:
             return layout
-        weight, scale, zero = self.weight_packed, self.weight_scale, getattr(self, "weight_zero_point", None)
+        weight, scale, zero = self._stored()
         size = self.grid.columns_per_group(self.in_features)
         packed = Packed(self.out_features, self.in_features, self.grid.bits, size, weight, scale, zero)
         with torch.inference_mode(False), torch.no_grad():  # what inference mode makes could not be used outside of it
             layout = kernel.prepare(packed)
         if not self.streamed:
-            self._layouts[kernel.NAME] = (weight, scale, layout)
+            self._layouts[kernel.NAME] = ((weight, scale, zero), layout)
         return layout
 
     def _forget(self) -> None:
         self._ladders: dict[tuple[object, ...], tuple[Step, ...]] = {}
-        self._layouts: dict[str, tuple[Tensor, Tensor, Any]] = {}
+        self._layouts: dict[str, tuple[tuple[Tensor | None, ...], Any]] = {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Moves reach everything; casts do not reach the scales, whose dtype is part of the format."""

@@ -134,7 +134,9 @@ class _BlockWork:
     def run(self, calls: Sequence[Call], hidden: list[Tensor]) -> list[Tensor]:
         """Quantize the block's linears; returns its outputs (its inputs again, for a data-free method)."""
         self._refuse_not_finite()
-        groups = input_groups(self._block, calls[0], hidden[0], list(self._linears)) if self._planned else []
+        groups = (
+            input_groups(self._block, calls[0], hidden[0], list(self._linears), self._planned) if self._planned else []
+        )
         self._refuse_torn(groups)
         members = [[n for n in group if n in self._planned] for group in groups]
         members = [group for group in members if group]

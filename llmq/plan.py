@@ -65,6 +65,8 @@ def make_plan(model: nn.Module, config: QuantConfig) -> Plan:
 def _refuse_unsupported(name: str, block: nn.Module) -> None:
     for inner, module in block.named_modules():
         where = f"{name}.{inner}" if inner else name
+        if isinstance(module, nn.Conv1d):
+            raise LlmqError(f"{where} is a convolution: only models whose blocks are linears and norms are supported")
         if type(module).__name__ == "Conv1D":
             raise LlmqError(
                 f"{where} is a Conv1D (GPT-2's transposed linear), which no serving engine reads packed: not supported"

@@ -7,7 +7,7 @@ have been reused in between.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,16 @@ def linears(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
-def input_groups(block: nn.Module, call: Call, hidden: Tensor, names: Sequence[str]) -> list[tuple[str, ...]]:
+def input_groups(
+    block: nn.Module, call: Call, hidden: Tensor, names: Sequence[str], needed: Collection[str] | None = None
+) -> list[tuple[str, ...]]:
     """Names of the linears `names`, grouped by the input that they share, groups and members in execution order.
 
-    hidden: any hidden states of the right width, [batch, tokens, width]. Raises `LlmqError` where a linear does not run,
-    or runs more than once: experts that only some tokens reach are not supported.
+    hidden: any hidden states of the right width, [batch, tokens, width]. needed: those to be quantized (default: all).
+    Raises `LlmqError` where one of them does not run, or runs more than once: experts that only some tokens reach are not
+    supported. Others that do so are left out.
     """
+    needed = names if needed is None else needed
     seen: list[tuple[str, Tensor]] = []
     modules = linears(block)
     handles = [
@@ -40,8 +44,9 @@ def input_groups(block: nn.Module, call: Call, hidden: Tensor, names: Sequence[s
         for handle in handles:
             handle.remove()
     counts = {name: sum(name == other for other, _ in seen) for name in names}
+    seen = [(name, x) for name, x in seen if name in needed or counts[name] == 1]
     for name, count in counts.items():
-        if count != 1:
+        if count != 1 and name in needed:
             raise LlmqError(
                 f"{name} of {type(block).__name__} runs {count} times in one forward: linears that only some tokens "
                 "reach (experts), or that are shared, are not supported; leave them out with --ignore"

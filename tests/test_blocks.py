@@ -156,6 +156,12 @@ class TwoLinears(nn.Module):
 
 
 @pytest.mark.parametrize("times", [0, 2])
+def test_linears_that_are_not_needed_may_run_as_they_like(times: int) -> None:
+    found = input_groups(TwoLinears(times), Call(0, (None,), {}), torch.randn(1, 2, 8), ["a", "b"], ["a"])
+    assert found == [("a",)]
+
+
+@pytest.mark.parametrize("times", [0, 2])
 def test_linears_that_do_not_run_exactly_once_are_refused(times: int) -> None:
     with pytest.raises(LlmqError, match=f"b of TwoLinears runs {times} times in one forward"):
         input_groups(TwoLinears(times), Call(0, (None,), {}), torch.randn(1, 2, 8), ["a", "b"])

@@ -1,9 +1,11 @@
 """Windows are full, disjoint, and drawn by the seed alone."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from llmq.calibration import tokenize, windows
+from llmq.calibration import checked, tokenize, windows
 from llmq.errors import LlmqError
 
 
@@ -13,6 +15,26 @@ class Tokenizer:
     def __call__(self, text, verbose=True):
         assert not verbose, "the warning about a text longer than the context would be printed"
         return {"input_ids": [1, *map(ord, text)]}
+
+
+SMALL = SimpleNamespace(vocab_size=10, max_position_embeddings=4)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([[1, 12]], "vocabulary of 10; they go from 1 to 12"),
+        ([[-1, 2]], "they go from -1"),
+        ([[1] * 5], "context of 4; got 5 tokens"),
+        ([1, 2], "windows, tokens"),
+        ([[1.5, 2.0]], "must be int64"),
+        ("text", "must be a Calibration or token ids"),
+    ],
+)
+def test_a_callers_own_windows_are_checked(ids, message):
+    with pytest.raises(LlmqError, match=message):
+        checked(ids, SMALL)
+    assert checked([[1, 2], [3, 4]], SMALL).tolist() == [[1, 2], [3, 4]]
 
 
 def test_tokenize_is_one_flat_int64_stream_with_special_tokens():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
+import llmq
+from llmq.cli import default_output
+from llmq.demo import DEMO_NAME
 from tests.tiny import VOCAB, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,6 +71,39 @@ def test_quantize_evaluate_generate(source: Path, tmp_path: Path) -> None:
     assert told["new_tokens"] <= 5
 
 
+def test_models_of_other_contexts_and_odd_names_are_told_apart(source: Path, tmp_path: Path) -> None:
+    """What cannot be paired leaves blanks; a prompt that does not fit is shortened; names are no markup."""
+    short = tmp_path / "run[v2]{1}"
+    shutil.copytree(source / "model", short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
+    done = run(
+        "evaluate", source / "model", short, "--dataset", source / "text.txt", "--window", 128, "--limit", 2, "--speed"
+    )
+    first, second = last(done)
+    assert "compare bits/byte" in done.stdout
+    assert "run[v2]{1}" in done.stdout.replace("\n", "")
+    assert first["window"], second["window"] == (128, 64)
+    assert "to_first" not in second
+    assert first["speed"]["prompt_tokens"] + first["speed"]["new_tokens"] == 64
+    assert second["speed"]["weight_bytes"] == first["speed"]["weight_bytes"] > 0
+
+
+def test_what_was_asked_of_the_calibration_and_not_given_is_said(source: Path, tmp_path: Path) -> None:
+    size = ("--seq-len", 4096, "--num-samples", 64, "--group-size", 32)
+    told = last(run("quantize", source / "model", "-o", tmp_path / "out", *size, "--dataset", source / "text.txt"))
+    assert "calibration windows of 128 tokens, not 4096: the model's context" in told["notes"]
+    assert "31 calibration windows, not 64: all that the text gives" in told["notes"]
+
+
+@pytest.mark.parametrize("name", [".", "model", "owner/model", "demo", "demo-general", "a/b.gguf"])
+def test_default_output_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    base = {".": "here", "owner/model": "model", "a/b.gguf": "b"}.get(name, name.replace("demo", DEMO_NAME))
+    assert default_output(name, llmq.QuantConfig("rtn")) == Path(f"{base}-rtn-w4g128")
+
+
 def test_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
     done = run("quantize", source / "model", "-o", tmp_path / "out", "--group-size", 32, "--dry-run")
     assert not (tmp_path / "out").exists()
@@ -82,6 +119,10 @@ BAD = [
     (("quantize", "MODEL", "--group-size", 32, "--seq-len", 128, "--dataset", "SHORT"), "the text has 2 tokens"),
     (("quantize", "MODEL", "--group-size", 32, "--dataset", "/nowhere.txt"), "/nowhere.txt"),
     (("evaluate", "/nowhere/model"), "no such folder"),
+    (("quantize", "MODEL", "--method", "rtn", "--group-size", 32, "--seed", 1), "rtn takes no calibration text"),
+    (("generate", "MODEL", "--prompt", " "), "the prompt is empty"),
+    (("evaluate", "FOREIGN"), "is not for llmq to run"),
+    (("generate", "DUMB", "--prompt", "w1"), "has no tokenizer that can be loaded"),
 ]
 
 
@@ -89,6 +130,14 @@ BAD = [
 def test_bad_input_is_one_line_and_status_2(source: Path, tmp_path: Path, arguments, message: str) -> None:  # type: ignore[no-untyped-def]
     (tmp_path / "short.txt").write_text("w1 w2")
     names = {"MODEL": source / "model", "SHORT": tmp_path / "short.txt"}
+    for name in {"FOREIGN", "DUMB"} & set(map(str, arguments)):
+        names[name] = tmp_path / name
+        made = llmq.quantize(tiny_model("llama"), names[name], llmq.QuantConfig("rtn", group_size=32))
+        assert made.layers
+        if name == "FOREIGN":
+            config = json.loads((names[name] / "config.json").read_text())
+            config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8}
+            (names[name] / "config.json").write_text(json.dumps(config))
     out = ("-o", tmp_path / "out") if arguments[0] == "quantize" else ()
     done = run(*(names.get(a, a) for a in arguments), *out, status=2)
     assert message in done.stderr
@@ -108,7 +157,7 @@ def test_ctrl_c_leaves_nothing(source: Path, tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
     assert process.returncode == 130
-    assert "interrupted: nothing was written" in rest
+    assert "interrupted: no half-written folder" in rest
     assert list(tmp_path.iterdir()) == []
 
 

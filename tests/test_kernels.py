@@ -127,6 +127,8 @@ def test_kernels_equal_the_reference(kernel: Any, case: tuple[int, int, int, int
             assert got.dtype == dtype
             assert_near(got, reference.run(x.double(), packed, dtype=torch.float64), tolerance)
             assert torch.equal(got, kernel.run(x, layout)), "deterministic"
+            strided = torch.cat((x, x), 1)[:, : packed.columns]
+            assert torch.equal(got, kernel.run(strided, layout)), "whatever the strides"
 
 
 @settings(max_examples=40, deadline=None)

@@ -136,6 +136,11 @@ def test_layouts_are_made_once_and_dropped_when_something_changes() -> None:
         module.weight_packed = nn.Parameter(linear(bias=False).weight_packed.data, requires_grad=False)
         module.weight_scale = nn.Parameter(linear(bias=False).weight_scale.data, requires_grad=False)
         assert torch.equal(module(x), first), "other tensors are noticed"
+        uneven = QuantLinear.from_quantized(quantized(Grid(4, 32, False)))
+        before = uneven(x)
+        zeros = QuantLinear.from_quantized(quantized(Grid(4, 32, False), seed=5)).weight_zero_point
+        uneven.weight_zero_point = nn.Parameter(zeros.data, requires_grad=False)
+        assert not torch.equal(uneven(x), before), "and other zero points"
         module._apply(torch.clone)  # new data in the same parameters
         assert module._made(cpu_int4) is None
 

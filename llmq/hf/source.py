@@ -60,6 +60,8 @@ def open_source(
         return _open_model(source, dtype, device, tokenizer)
     gguf = _gguf_file(source)
     if gguf is not None:
+        if revision is not None:
+            raise LlmqError(f"revision is for a repo id; {gguf.name} is a local file")
         return _open_gguf(gguf, dtype, device, tokenizer, getattr(source, "prepare", None))
     folder = _folder(source, revision)
     checkpoint = open_checkpoint(folder)

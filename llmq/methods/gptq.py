@@ -78,7 +78,7 @@ def inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tens
             notes += (f"not positive definite at damping {damping * factor:g} in {used}",)
     raise LlmqError(
         f"the Hessian cannot be factored even with damping {damping * DAMPING_FACTORS[-1]:g} in float64: "
-        "use more calibration text or a larger damping"
+        "use more calibration text, or a larger `damping` in QuantConfig"
     )
 
 

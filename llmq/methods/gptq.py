@@ -31,6 +31,8 @@ from llmq.methods.base import Rounded, Target
 from llmq.methods.scales import fit_scales
 
 BLOCK = 128
+LEAF = 256
+PIECE = 1 << 20
 DAMPING_FACTORS = (1, 10, 100)
 
 
@@ -55,7 +57,7 @@ def inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tens
 
     hessian: symmetric float32 [K, K], not changed. Dead columns get the mean diagonal, which cuts them off from the rest.
     Reversing rows and columns turns the lower Cholesky factor of H' into an upper A with A A^T = H'; then U = A^-1.
-    Two K x K matrices are alive beside H at the worst moment.
+    All of it happens in place: at the worst moment 1.5 K x K matrices are alive beside H.
     """
     diagonal = hessian.diagonal()
     dead = diagonal <= 0
@@ -64,22 +66,48 @@ def inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tens
     backward = order.flip(0)
     for dtype in (torch.float32, torch.float64):
         for factor in DAMPING_FACTORS:
-            damped = hessian[backward.unsqueeze(1), backward].to(dtype)
+            damped = hessian[backward.unsqueeze(1), backward].to(dtype).mT  # as LAPACK wants it: factored in place
             damped.diagonal().add_(damping * factor * mean).add_(dead[backward].to(dtype), alpha=mean)
             failed = torch.empty((), dtype=torch.int32, device=hessian.device)
             torch.linalg.cholesky_ex(damped, out=(damped, failed))
             if not bool(failed) and bool(torch.isfinite(damped.diagonal()).all()):
-                damped = damped.flip(0, 1)
-                inverse = torch.eye(len(hessian), dtype=dtype, device=hessian.device)
-                torch.linalg.solve_triangular(damped, inverse, upper=True, out=inverse)
-                if bool(torch.isfinite(inverse.sum())):
-                    return inverse.to(hessian.dtype), notes
+                _invert_lower(damped)
+                _reverse(damped.mT)
+                if bool(torch.isfinite(damped.sum())):
+                    return damped.to(hessian.dtype), notes
             used = str(dtype).removeprefix("torch.")
             notes += (f"not positive definite at damping {damping * factor:g} in {used}",)
     raise LlmqError(
         f"the Hessian cannot be factored even with damping {damping * DAMPING_FACTORS[-1]:g} in float64: "
         "use more calibration text, or a larger `damping` in QuantConfig"
     )
+
+
+def _invert_lower(matrix: Tensor) -> None:
+    """Invert a lower triangular matrix in place, by halves: [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]]."""
+    size = len(matrix)
+    if size <= LEAF:
+        eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+        matrix.copy_(torch.linalg.solve_triangular(matrix, eye, upper=False))
+        return
+    half = size // 2
+    first, below, last = matrix[:half, :half], matrix[half:, :half], matrix[half:, half:]
+    solved = torch.linalg.solve_triangular(last, below, upper=False)
+    below.copy_(torch.linalg.solve_triangular(first, solved, upper=False, left=False)).neg_()
+    _invert_lower(first)
+    _invert_lower(last)
+
+
+def _reverse(matrix: Tensor) -> None:
+    """Reverse the order of rows and of columns of a contiguous matrix in place, a piece from each end at a time."""
+    flat = matrix.view(-1)
+    half = len(flat) // 2
+    for start in range(0, half, PIECE):
+        stop = min(start + PIECE, half)
+        front, back = flat[start:stop], flat[len(flat) - stop : len(flat) - start]
+        kept = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(kept)
 
 
 def round_with_feedback(

@@ -5,19 +5,20 @@
     wikitext2   wikitext-2-raw-v1, lines joined by a blank line (the GPTQ protocol): train / test
     c4          allenai/c4, English: the first documents of training file 0 / the first 1,100 of validation file 0,
                 joined by one space (`c4-new`: the rows of the GPTQ paper's camera-ready, never comparable with `c4`'s)
-    PATH        a UTF-8 text file, the same text for both splits
+    PATH        a UTF-8 text file, the same text for both splits; a `.jsonl` file of conversations (`load_conversations`)
 
 The topics of `builtin` quote one another: whole sections stand in two or three of them, and almost half of the
 evaluation topics' text stands in others as well. Every paragraph is therefore kept once, and evaluation is served
 first, so that no paragraph is both calibrated on and judged by. The text differs between Python versions; the
 description names the version.
 
-Left out: `.jsonl` and other record files, chat transcripts, the old random-crop protocol of C4, PTB. `datasets` is
+Left out: other record files, the old random-crop protocol of C4, PTB. `datasets` is
 imported only by the two corpora that need it.
 """
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -160,22 +161,54 @@ def _file(dataset: str) -> Corpus:
         )
     if path.is_dir():
         raise LlmqError(f"dataset must be {names} or the path of a text file; {dataset} is a folder; give a file in it")
-    if path.suffix == ".jsonl":
-        raise LlmqError(
-            f"dataset files must be plain text; .jsonl is not supported yet: {dataset}; extract its text to .txt"
-        )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise LlmqError(
-            f"dataset files must be UTF-8 text; {dataset} is not (byte {error.start}); "
-            f"convert it, for example with `iconv -t UTF-8`"
-        ) from error
-    except OSError as error:
-        raise LlmqError(f"dataset file {dataset} cannot be read ({error.strerror}); {OFFLINE_REMEDY}") from error
+    if is_conversations(dataset):
+        raise LlmqError(f"{dataset} holds conversations, not one text")
+    text = _read(path)
     if not text.strip():
         raise LlmqError(f"dataset files must hold text; {dataset} is empty; {OFFLINE_REMEDY}")
     return Corpus(dataset, text, f"the text file {dataset}")
+
+
+def is_conversations(dataset: str) -> bool:
+    """Whether `dataset` names a file of conversations, for `load_conversations`, and not one text."""
+    return Path(dataset).suffix == ".jsonl"
+
+
+def load_conversations(dataset: str) -> list[list[dict[str, Any]]]:
+    """The conversations of a JSONL file: each line an object whose `messages` are a list of {role, content}.
+
+    Raises `LlmqError` for an unreadable or empty file, naming the line of anything else.
+    """
+    path = Path(dataset)
+    if not path.is_file():
+        raise LlmqError(f"no such dataset file: {dataset}")
+    found = []
+    for number, line in enumerate(_read(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            messages = json.loads(line)["messages"]
+            good = isinstance(messages, list) and messages and all(m["role"] and "content" in m for m in messages)
+        except (ValueError, KeyError, TypeError) as error:
+            raise LlmqError(f"{dataset}, line {number}: not an object with messages ({error})") from None
+        if not good:
+            raise LlmqError(f"{dataset}, line {number}: messages must be a list of objects with role and content")
+        found.append(messages)
+    if not found:
+        raise LlmqError(f"dataset files must hold conversations; {dataset} is empty; {OFFLINE_REMEDY}")
+    return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise LlmqError(
+            f"dataset files must be UTF-8 text; {path} is not (byte {error.start}); "
+            f"convert it, for example with `iconv -t UTF-8`"
+        ) from error
+    except OSError as error:
+        raise LlmqError(f"dataset file {path} cannot be read ({error.strerror}); {OFFLINE_REMEDY}") from error
 
 
 CORPORA: tuple[tuple[str, Callable[[Split], Corpus]], ...] = (

@@ -5,7 +5,7 @@ and no padding ever reaches a statistic. Where there are more windows than asked
 seeded generator draws them, in that order: the same text, tokenizer, sizes and seed give the same windows anywhere.
 
 The tokenizer is a value; nothing here knows which library it came from. Left out: one sample per document (short
-documents would need padding or would calibrate on few positions), chat templates, a random offset of the first window.
+documents would need padding or would calibrate on few positions), a random offset of the first window.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
+from llmq.eval.corpus import Corpus, Split, is_conversations, load_conversations, load_text
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
@@ -26,6 +27,29 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
     # Without verbose=False it warns that the text is longer than the model's context: it is cut into windows later.
     ids = tokenizer(text, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def read_tokens(dataset: str, split: Split, tokenizer: Any) -> tuple[Tensor, Corpus]:
+    """One stream of ids int64 `[tokens]` of a dataset, and what it is. Conversations go through the chat template, one after
+    the other, with all the special tokens that it writes and no others.
+
+    Raises `LlmqError` for what `llmq.eval.corpus` refuses, and for conversations without a chat template.
+    """
+    if not is_conversations(dataset):
+        corpus = load_text(dataset, split)
+        return tokenize(tokenizer, corpus.text), corpus
+    conversations = load_conversations(dataset)
+    if not getattr(tokenizer, "chat_template", None):
+        raise LlmqError(
+            f"{dataset} holds conversations, and the model's tokenizer has no chat template; give plain text"
+        )
+    try:
+        texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in conversations]
+    except Exception as error:  # a template raises what it likes on roles that it does not know
+        raise LlmqError(f"{dataset} does not fit the model's chat template: {str(error).splitlines()[0]}") from error
+    ids = [i for text in texts for i in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+    described = f"{len(conversations)} conversations of {dataset}"
+    return torch.tensor(ids, dtype=torch.int64), Corpus(dataset, "".join(texts), described)
 
 
 def checked(token_ids: Any, config: Any) -> Tensor:

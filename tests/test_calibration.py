@@ -1,11 +1,12 @@
 """Windows are full, disjoint, and drawn by the seed alone."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from llmq.calibration import checked, tokenize, windows
+from llmq.calibration import checked, read_tokens, tokenize, windows
 from llmq.errors import LlmqError
 
 
@@ -94,3 +95,37 @@ def test_transformers_prints_no_length_warning(caplog, capfd):
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=4)
     assert tokenize(tokenizer, "a " * 20).tolist() == [0] * 20
     assert "longer than" not in caplog.text + capfd.readouterr().err
+
+
+class Chat:
+    chat_template = "yes"
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        assert not add_special_tokens, "the template writes them"
+        return {"input_ids": list(map(ord, text))}
+
+    def apply_chat_template(self, messages, tokenize):
+        assert not tokenize
+        if any(m["role"] == "system" for m in messages):
+            raise ValueError("no system role here")
+        return "".join(f"<{m['role']}>{m['content']}" for m in messages)
+
+
+def conversations(path, role="user"):
+    line = json.dumps({"messages": [{"role": role, "content": "a"}]})
+    path.write_text(f"{line}\n{line}\n")
+    return str(path)
+
+
+def test_conversations_go_through_the_chat_template_and_are_packed(tmp_path):
+    ids, corpus = read_tokens(conversations(tmp_path / "a.jsonl"), "calibration", Chat())
+    assert "".join(map(chr, ids.tolist())) == "<user>a<user>a" == corpus.text
+    assert ids.dtype == torch.int64
+    assert corpus.description.startswith("2 conversations of ")
+
+
+def test_conversations_without_a_fitting_template_are_refused(tmp_path):
+    with pytest.raises(LlmqError, match="has no chat template"):
+        read_tokens(conversations(tmp_path / "a.jsonl"), "calibration", Tokenizer())
+    with pytest.raises(LlmqError, match="does not fit the model's chat template: no system role here"):
+        read_tokens(conversations(tmp_path / "b.jsonl", "system"), "calibration", Chat())

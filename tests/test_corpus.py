@@ -1,5 +1,6 @@
 """Corpora: what is joined how, that the two splits of the embedded text are disjoint, and every bad input by name."""
 
+import json
 import sys
 import types
 
@@ -7,7 +8,7 @@ import pytest
 
 from llmq.errors import LlmqError
 from llmq.eval import corpus
-from llmq.eval.corpus import load_text, split_topics
+from llmq.eval.corpus import is_conversations, load_conversations, load_text, split_topics
 
 
 def paragraphs(text):
@@ -168,11 +169,37 @@ def test_a_file_that_is_not_utf8_is_refused_with_the_byte(tmp_path):
         load_text(str(path), "calibration")
 
 
-def test_jsonl_is_refused_by_name(tmp_path):
+GOOD = json.dumps({"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]})
+
+
+def test_conversations_are_read_line_by_line(tmp_path):
     path = tmp_path / "chat.jsonl"
-    path.write_text('{"text": "a"}\n', encoding="utf-8")
-    with pytest.raises(LlmqError, match=r"\.jsonl is not supported yet"):
+    path.write_text(f"{GOOD}\n\n{GOOD}\n")
+    assert is_conversations(str(path))
+    assert not is_conversations("builtin")
+    with pytest.raises(LlmqError, match="holds conversations, not one text"):
         load_text(str(path), "calibration")
+    found = load_conversations(str(path))
+    assert [[m["role"] for m in messages] for messages in found] == [["user", "assistant"]] * 2
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", "{}", '{"messages": []}', '{"messages": "text"}', '{"messages": [{"role": "user"}]}']
+)
+def test_a_broken_line_is_named_by_its_number(tmp_path, line):
+    path = tmp_path / "chat.jsonl"
+    path.write_text(f"{GOOD}\n{line}\n")
+    with pytest.raises(LlmqError, match="chat.jsonl, line 2: "):
+        load_conversations(str(path))
+
+
+def test_no_conversations_at_all(tmp_path):
+    path = tmp_path / "chat.jsonl"
+    path.write_text("\n")
+    with pytest.raises(LlmqError, match="must hold conversations"):
+        load_conversations(str(path))
+    with pytest.raises(LlmqError, match="no such dataset file"):
+        load_conversations(str(tmp_path / "none.jsonl"))
 
 
 def test_an_unknown_split_is_refused():

@@ -22,16 +22,17 @@ from torch import Tensor, nn
 
 from llmq import calibration as calibrating
 from llmq.blocks import Captured, capture
+from llmq.blockwork import LinearReport
 from llmq.checkpoint.writer import StagedCheckpoint
 from llmq.config import Calibration, QuantConfig, method
 from llmq.core.quantized import QuantizedWeight
 from llmq.errors import LlmqError
-from llmq.eval.corpus import load_text
 from llmq.formats import compressed_tensors as ct
-from llmq.pipeline import LinearReport, Step, quantize_blocks
+from llmq.pipeline import Step, quantize_blocks
 from llmq.plan import Plan, make_plan
 from llmq.report import FILE, Report, peak_rss_bytes
 from llmq.sizing import Preview, make_preview, planned_specs
+from llmq.transforms.base import PairReport
 
 if TYPE_CHECKING:
     from llmq.hf.source import Source
@@ -72,7 +73,7 @@ def quantize(
     windows, told = _windows(opened, config, calibration)
     specs = planned_specs(opened, plan)
     with StagedCheckpoint(Path(output), specs, max_shard_size, overwrite) as staged:
-        rows = _run(opened, plan, config, windows, staged, progress)
+        rows, pairs = _run(opened, plan, config, windows, staged, progress)
         opened.write_side_files(staged.folder, quantization_config(opened, plan, config))
         report = Report(
             output=str(output),
@@ -88,6 +89,7 @@ def quantize(
             notes=(*opened.notes, *(told.pop("notes") if told else ())),
             versions=_versions(),
             layers=tuple(rows),
+            pairs=tuple(pairs),
         )
         (staged.folder / FILE).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
         staged.commit()
@@ -165,8 +167,7 @@ def _windows(
         windows, name = calibrating.checked(calibration, source.config.get_text_config()), "token ids"
     else:
         asked = calibration or Calibration()
-        corpus = load_text(asked.dataset, "calibration")
-        ids = calibrating.tokenize(source.tokenizer(), corpus.text)
+        ids, corpus = calibrating.read_tokens(asked.dataset, "calibration", source.tokenizer())
         length = _length(source, asked)
         windows = calibrating.windows(ids, asked.num_samples, length, asked.seed)
         name = corpus.name
@@ -191,7 +192,7 @@ def _run(
     windows: Tensor,
     staged: StagedCheckpoint,
     progress: Callable[[Step], None],
-) -> list[LinearReport]:
+) -> tuple[list[LinearReport], list[PairReport]]:
     """Capture, then quantize block by block, writing each as it is done."""
     source.load_outer()
     for name, tensor in source.outer_tensors():
@@ -206,19 +207,22 @@ def _run(
             for suffix, tensor in ct.encode(weight).items():
                 staged.write(f"{name.removesuffix('weight')}{suffix}", tensor)
 
-    captured = _capture(source, windows)
-    return quantize_blocks(source, captured, plan, config, source.dtype, sink, progress)
+    captured, probe = _capture(source, windows)
+    return quantize_blocks(source, captured, probe, plan, config, source.dtype, sink, progress)
 
 
-def _capture(source: Source, windows: Tensor) -> Captured:
-    """Every block's inputs and arguments; batches of a fixed number of tokens, so that results never depend on memory."""
+def _capture(source: Source, windows: Tensor) -> tuple[Captured, Captured]:
+    """Every block's inputs and arguments, and those of a few tokens. Batches have a fixed number of tokens, so that
+    results never depend on memory.
+    """
     batches = torch.split(windows, max(1, TOKENS_PER_BATCH // windows.shape[1]))
     device = source.device
 
     def run(ids: Tensor) -> object:
         return source.model.base_model(input_ids=ids.to(device), use_cache=False)
 
-    return capture(source.model, run, batches)
+    few = windows[:1, :PROBE_TOKENS]
+    return capture(source.model, run, batches), capture(source.model, run, [few])
 
 
 def quantization_config(source: Source, plan: Plan, config: QuantConfig) -> dict[str, Any]:

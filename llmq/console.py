@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -19,11 +20,13 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from llmq.blockwork import LinearReport
     from llmq.eval.latency import Latency
     from llmq.eval.perplexity import Perplexity
-    from llmq.pipeline import LinearReport, Step
+    from llmq.pipeline import Step
     from llmq.report import Report
     from llmq.sizing import Preview
+    from llmq.transforms.base import PairReport
 
 
 LOG_WIDTH = 140  # where output goes to a file, and no terminal says how wide it is
@@ -120,6 +123,7 @@ def print_report(console: Console, report: Report) -> None:
     if report.calibration:
         told = report.calibration
         console.print(f"calibrated on {told['windows']} windows of {told['seq_len']} tokens of {told['dataset']}")
+    _print_pairs(console, report)
     for note in (*report.notes, *_shortened(report.fallbacks)):
         console.print(f"note: {note}", markup=False)
     console.print(
@@ -133,6 +137,21 @@ def print_report(console: Console, report: Report) -> None:
         f"vllm serve {report.output}",
     ):
         console.print(f"  {command}", markup=False, soft_wrap=True)
+
+
+def _print_pairs(console: Console, report: Report) -> None:
+    """How many groups of linears got a scale, by kind, and why the others did not."""
+    kinds: dict[str, list[PairReport]] = {}
+    for pair in report.pairs:
+        what = " ".join(name.rpartition(".")[2] for name in pair.consumers)
+        fed = "" if pair.producer is None else f"{pair.producer.rpartition('.')[2]} -> "
+        kinds.setdefault(fed + what, []).append(pair)
+    for kind, pairs in kinds.items():
+        scaled = [pair.held for pair in pairs if pair.note is None and pair.held is not None]
+        gain = f", error on held-out windows x {sum(scaled) / len(scaled):.2f}" if scaled else ""
+        reasons = Counter(pair.note for pair in pairs if pair.note)
+        why = "".join(f"; {count} not: {reason}" for reason, count in reasons.items())
+        console.print(f"scaled: {kind}: {len(scaled)} of {len(pairs)}{gain}{why}", markup=False)
 
 
 def _by_kind(layers: Sequence[LinearReport]) -> dict[str, list[LinearReport]]:
@@ -196,17 +215,19 @@ def print_perplexities(console: Console, results: Sequence[tuple[str, Perplexity
     table = Table(
         title=Text(f"perplexity on {told['dataset']}, {first.windows} windows of {first.window}, {told['dtype']}")
     )
-    for heading in ("model", "perplexity", "± s.e.", "to the first", "± s.e.", "bits/byte", "s"):
+    apart = ("KL", "± s.e.", "same top-1") if "kl" in told else ()
+    for heading in ("model", "perplexity", "± s.e.", "to the first", "± s.e.", "bits/byte", *apart, "s"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
-    for name, result, _ in results:
+    for name, result, values in results:
         cells = ["", ""]
         if result is not first and comparable(first, result):
             difference, error = paired_difference(first, result)
             cells = [f"{difference:+.3f}", _decimals(error)]
-        bits = f"{result.bits_per_byte:.4f}" if result.bits_per_byte else "-"
-        table.add_row(
-            Text(name), f"{result.value:.3f}", _decimals(result.stderr), *cells, bits, f"{result.seconds:.1f}"
-        )
+        cells.append(f"{result.bits_per_byte:.4f}" if result.bits_per_byte else "-")
+        if apart:
+            cells += [f"{values['kl']:.4f}", _decimals(values["kl_stderr"], 4), f"{values['top1']:.1%}"]
+        row = (f"{result.value:.3f}", _decimals(result.stderr), *cells, f"{result.seconds:.1f}")
+        table.add_row(Text(name), *row)
     console.print(table)
     if not all(comparable(first, result) for _, result, _ in results):
         console.print("note: not all were measured on the same tokens: compare bits/byte, not perplexity")
@@ -234,5 +255,5 @@ def print_speeds(console: Console, names: Sequence[str], speeds: Sequence[Latenc
     console.print(table)
 
 
-def _decimals(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _decimals(value: float | None, places: int = 3) -> str:
+    return "-" if value is None else f"{value:.{places}f}"

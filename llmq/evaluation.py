@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from llmq.api import load, pick_device
-from llmq.calibration import tokenize
+from llmq.calibration import read_tokens
 from llmq.errors import LlmqError
-from llmq.eval.corpus import load_text
+from llmq.eval.corpus import is_conversations, load_text
+from llmq.eval.divergence import divergence
 from llmq.eval.latency import Latency, measure_in_turns
 from llmq.eval.models import context_length
 from llmq.eval.perplexity import Perplexity, comparable, paired_difference, perplexity
@@ -68,16 +69,22 @@ def perplexity_of(
     dtype: str = "auto",
     device: str = "auto",
     revision: str | None = None,
+    against: torch.nn.Module | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Perplexity, dict[str, Any]]:
-    """The perplexity of a model on a text, and the same as JSON values. dtype `auto`: float32 on a CPU, else bfloat16."""
-    corpus = load_text(dataset, "evaluation")
+    """The perplexity of a model on a text, and the same as JSON values. dtype `auto`: float32 on a CPU, else bfloat16.
+
+    against: the loaded original; the divergence from it is measured on the same windows and put into the JSON values.
+    """
+    if not is_conversations(dataset):
+        load_text(dataset, "evaluation")  # refused before a model is loaded, where it is
     place = pick_device(device)
     kind = ("float32" if place == "cpu" else "bfloat16") if dtype == "auto" else dtype
     model, tokenizer = open_model(source, kind, place, revision)
-    ids = tokenize(tokenizer, corpus.text)[: corpus.max_tokens]
+    ids, corpus = read_tokens(dataset, "evaluation", tokenizer)
+    ids = ids[: corpus.max_tokens]
     result = perplexity(model, ids, window, limit, batch_size, progress, tokenizer)
-    told = {
+    told: dict[str, Any] = {
         "perplexity": result.value,
         "stderr": result.stderr,
         "bits_per_byte": result.bits_per_byte,
@@ -89,6 +96,9 @@ def perplexity_of(
         "protocol": result.protocol,
         "seconds": round(result.seconds, 2),
     }
+    if against is not None:
+        apart = divergence(against, model, ids, window, limit, progress)
+        told |= {"kl": apart.kl, "kl_stderr": apart.kl_stderr, "top1": apart.top1, "top1_stderr": apart.top1_stderr}
     return result, told
 
 

@@ -1,62 +1,37 @@
-"""The loop over decoder blocks: load, observe, round, write back, run on, hand over, drop.
+"""The loop over decoder blocks: load, transform, observe, round, write back, run on, hand over, drop.
 
     for each block:
         group its linears by the input that they share (topology)
+        where the method has a transform: change the block so that rounding it costs less (transforms)
         for each group, in execution order, on inputs from the already quantized predecessors (true-sequential):
             second moment of the input over all batches -> round the group's stacked weights -> write back dequantized
         the quantized block's outputs are the next block's inputs
         hand the codes to the sink, drop the block
 
 One block and its Hessians are alive at a time. A method that needs no data sees one short batch only, to learn what
-shares an input. Knows nothing of files, formats, kernels or transformers.
+shares an input. Knows nothing of files, formats, kernels or transformers. What is done to one block: `llmq.blockwork`.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+import ctypes
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from llmq.blocks import Call, Captured
-from llmq.config import QuantConfig, method
-from llmq.core.grid import clipped_share
+from llmq.blocks import Captured
+from llmq.blockwork import BlockWork, LinearReport
+from llmq.config import QuantConfig
 from llmq.core.quantized import QuantizedWeight
-from llmq.errors import LlmqError
-from llmq.methods import rounding
-from llmq.methods.base import Rounded, Target, output_error
-from llmq.methods.rtn import rtn
+from llmq.pairs import NoPair, Pair
 from llmq.plan import Plan
-from llmq.statistics import SecondMoment
-from llmq.topology import input_groups, linears
-from llmq.walk import walk
-
-
-@dataclass(frozen=True)
-class LinearReport:
-    """What became of one linear.
-
-    error: ||(W - Q) X||^2 / ||W X||^2 on the calibration inputs (on the weights alone for a data-free method);
-    rtn_error: the same of plain round-to-nearest with min-max scales; ends: share of codes at either end of the range;
-    clipped: share of weights outside it; tokens: tokens in the Hessian; seconds: observing and rounding.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    bits: int
-    group_size: int | None
-    error: float
-    rtn_error: float
-    ends: float
-    clipped: float
-    tokens: int
-    seconds: float
-    notes: tuple[str, ...]
+from llmq.transforms.base import PairReport
 
 
 @dataclass(frozen=True)
@@ -82,163 +57,49 @@ Sink = Callable[[int, nn.Module, dict[str, QuantizedWeight]], None]
 def quantize_blocks(
     source: Blocks,
     captured: Captured,
+    probe: Captured,
     plan: Plan,
     config: QuantConfig,
     dtype: torch.dtype,
     sink: Sink,
     progress: Callable[[Step], None] = lambda step: None,
-) -> list[LinearReport]:
+) -> tuple[list[LinearReport], list[PairReport]]:
     """Quantize every block in order; `sink(index, block, codes by full name)` gets each one before it is dropped.
 
-    captured: the first block's inputs and every block's calls; its hidden states are consumed. dtype: of the scales.
+    captured: the first block's inputs and every block's calls; its hidden states are consumed. probe: the same of a few
+    tokens, by which blocks are taken apart. dtype: of the scales.
     """
     rows: list[LinearReport] = []
+    folded: list[PairReport] = []
+    pairs: list[Pair | NoPair] = []
     hidden = captured.hidden
     count = len(plan.blocks)
     with _exact_float32():
         for index, name in enumerate(plan.blocks):
             progress(Step(index, count, None))
             block = source.load_block(index)
-            worker = _BlockWork(block, name, plan, config, dtype, partial(_tell, progress, index, count))
-            hidden[:] = worker.run(captured.calls[index], hidden)
-            rows += worker.reports
-            sink(index, block, worker.codes)
+            work = BlockWork(block, name, plan, config, dtype, partial(_tell, progress, index, count))
+            groups = work.groups(probe.calls[index][0], probe.hidden[0])
+            pairs = work.transform(groups, captured.calls[index], hidden, probe.calls[index][0], probe.hidden[0], pairs)
+            hidden[:] = work.round(groups, captured.calls[index], hidden)
+            rows += work.reports
+            folded += work.folded
+            sink(index, block, work.codes)
             source.release_block(index)
-    return rows
+            _give_back()
+    return rows, folded
 
 
 def _tell(progress: Callable[[Step], None], index: int, count: int, linear: str) -> None:
     progress(Step(index, count, linear))
 
 
-class _BlockWork:
-    """The state of quantizing one block: the moment being gathered, and the codes and reports so far."""
-
-    def __init__(
-        self,
-        block: nn.Module,
-        name: str,
-        plan: Plan,
-        config: QuantConfig,
-        dtype: torch.dtype,
-        done: Callable[[str], None],
-    ) -> None:
-        self.codes: dict[str, QuantizedWeight] = {}
-        self.reports: list[LinearReport] = []
-        self._block, self._name, self._config, self._dtype, self._done = block, name, config, dtype, done
-        self._planned = plan.of_block(name)
-        self._linears = linears(block)
-        self._moment: SecondMoment | None = None
-        self._since = time.perf_counter()
-
-    def run(self, calls: Sequence[Call], hidden: list[Tensor]) -> list[Tensor]:
-        """Quantize the block's linears; returns its outputs (its inputs again, for a data-free method)."""
-        self._refuse_not_finite()
-        groups = (
-            input_groups(self._block, calls[0], hidden[0], list(self._linears), self._planned) if self._planned else []
-        )
-        self._refuse_torn(groups)
-        members = [[n for n in group if n in self._planned] for group in groups]
-        members = [group for group in members if group]
-        if not self._calibrated:
-            for group in members:
-                self._round(group, None, 0)
-            return hidden
-        gates = [self._linears[group[0]] for group in members]
-        return walk(self._block, calls, hidden, gates, self._see, lambda g: self._change(members[g]))
-
-    @property
-    def _calibrated(self) -> bool:
-        return method(self._config.method).calibrated
-
-    def _see(self, gate: int, x: Tensor) -> None:
-        if self._moment is None:
-            self._moment = SecondMoment(x.shape[-1], x.device)
-        self._moment.add(x)
-
-    def _change(self, group: list[str]) -> None:
-        assert self._moment is not None
-        moment, self._moment = self._moment, None
-        self._round(group, moment.value(f"{self._name}.{group[0]}"), moment.tokens)
-
-    def _round(self, group: list[str], hessian: Tensor | None, tokens: int) -> None:
-        """Round the linears of one input group, one stacked weight per grid, and write them back."""
-        for grid in dict.fromkeys(self._planned[name].grid for name in group):
-            names = [name for name in group if self._planned[name].grid == grid]
-            weight = torch.cat([self._linears[name].weight.detach().float() for name in names])
-            assert self._config.scales is not None
-            target = Target(grid, self._dtype, self._config.scales, self._config.damping)
-            try:
-                rounded = rounding(self._config.method)(weight, hessian, target)
-                plain = replace(target, scales="minmax")
-                is_plain = self._config.method == "rtn" and target == plain
-                baseline = rounded if is_plain else rtn(weight, None, plain)
-            except LlmqError as error:
-                raise LlmqError(f"{self._name}.{names[0]}: {error}") from error
-            now = time.perf_counter()
-            seconds, self._since = (now - self._since) / len(names), now
-            start = 0
-            for name in names:
-                rows = slice(start, start + self._planned[name].shape[0])
-                self._finish(name, weight[rows], rounded, baseline.weight, rows, hessian, tokens, seconds)
-                start = rows.stop
-
-    def _finish(
-        self,
-        name: str,
-        weight: Tensor,
-        rounded: Rounded,
-        baseline: QuantizedWeight,
-        rows: slice,
-        hessian: Tensor | None,
-        tokens: int,
-        seconds: float,
-    ) -> None:
-        planned, linear = self._planned[name], self._linears[name]
-        codes = rounded.weight.rows(rows.start, rows.stop)
-        notes = rounded.notes if planned.note is None else (planned.note, *rounded.notes)
-        self.reports.append(
-            LinearReport(
-                planned.name,
-                planned.shape,
-                codes.bits,
-                planned.grid.group_size,
-                output_error(weight, codes, hessian),
-                output_error(weight, baseline.rows(rows.start, rows.stop), hessian),
-                _share_at_ends(codes),
-                clipped_share(weight, codes),
-                tokens,
-                seconds,
-                notes,
-            )
-        )
-        linear.weight.data.copy_(codes.dequantize(linear.weight.dtype))
-        self.codes[planned.name] = codes
-        self._done(planned.name)
-
-    def _refuse_not_finite(self) -> None:
-        for name, parameter in self._block.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
-                raise LlmqError(
-                    f"{self._name}.{name} holds NaN or inf: the source is broken, or overflows in its dtype"
-                )
-
-    def _refuse_torn(self, groups: list[tuple[str, ...]]) -> None:
-        """Engines fuse linears of one module that read one input; half of them quantized could not be loaded."""
-        for group in groups:
-            for parent in dict.fromkeys(name.rpartition(".")[0] for name in group):
-                siblings = [name for name in group if name.rpartition(".")[0] == parent]
-                left = [name for name in siblings if name not in self._planned]
-                if left and len(left) < len(siblings):
-                    raise LlmqError(
-                        f"{', '.join(siblings)} of {self._name} read the same input and serving engines fuse them: "
-                        f"ignore all of them or none (only {', '.join(left)} ignored)"
-                    )
-
-
-def _share_at_ends(codes: QuantizedWeight) -> float:
-    ends = (codes.codes == 0) | (codes.codes == (1 << codes.bits) - 1)
-    return float(ends.float().mean())
+def _give_back() -> None:
+    """Return freed memory to the system: glibc keeps what tensors of less than 32 MB leave behind, block after block."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        if trim is not None:
+            trim(0)
 
 
 @contextmanager

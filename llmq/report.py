@@ -6,8 +6,9 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from llmq.blockwork import LinearReport
 from llmq.config import QuantConfig
-from llmq.pipeline import LinearReport
+from llmq.transforms.base import PairReport
 
 FILE = "llmq_report.json"
 
@@ -20,7 +21,8 @@ class Report:
     peak_rss_bytes: the process's peak resident memory so far; None where the platform does not tell.
     bits_per_weight: stored bits per quantized weight, scales and zero points included.
     checkpoint_bytes: size of the weight files. calibration: dataset, windows, seq_len and tokens; None for none.
-    fallbacks: everything that was not done as asked, one line each. layers: one row per quantized linear.
+    fallbacks: everything that was not done as asked, one line each. layers: one row per quantized linear. pairs: one row
+    for each group of linears that the transform looked at.
     """
 
     output: str
@@ -36,6 +38,7 @@ class Report:
     notes: tuple[str, ...]
     versions: dict[str, str]
     layers: tuple[LinearReport, ...]
+    pairs: tuple[PairReport, ...] = ()
 
     def summary(self) -> dict[str, Any]:
         """The run in one flat dictionary of JSON values, without the layers."""
@@ -53,6 +56,11 @@ class Report:
             "calibration": self.calibration,
             "fallbacks": list(self.fallbacks),
             "notes": list(self.notes),
+            **(
+                {"pairs": len(self.pairs), "pairs_scaled": sum(row.note is None for row in self.pairs)}
+                if self.pairs
+                else {}
+            ),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,6 +70,7 @@ class Report:
             "config": self.config.to_dict(),
             "versions": self.versions,
             "layers": [asdict(row) for row in self.layers],
+            "pairs": [asdict(row) for row in self.pairs],
         }
 
 

@@ -8,12 +8,47 @@ Left out: float64 sums. Windows hold a thousand tokens or more, each summed by t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
 
 PANEL = 384
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a few calibration windows say of the input of one group of linears.
+
+    mean: float32 [K], mean |x| of each channel. fit, held: second moments float32 [K, K], of the windows to choose by and
+    of others to judge by.
+    """
+
+    mean: Tensor
+    fit: Tensor
+    held: Tensor
+
+
+class Watcher:
+    """Gathers an `Observed`: the last quarter of each batch is held out."""
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self._fit, self._held = SecondMoment(features, device), SecondMoment(features, device)
+        self._sum = torch.zeros(features, dtype=torch.float32, device=device)
+
+    def add(self, inputs: Tensor) -> None:
+        """Count in `inputs` [..., K]."""
+        x = inputs.reshape(-1, inputs.shape[-1])
+        cut = len(x) * 3 // 4
+        self._fit.add(x[:cut])
+        self._held.add(x[cut:])
+        self._sum += x[:cut].float().abs().sum(0)
+
+    def value(self, name: str) -> Observed:
+        """What was seen; `name` stands in errors. Nothing can be added after."""
+        return Observed(self._sum / self._fit.tokens, self._fit.value(name), self._held.value(name))
 
 
 class SecondMoment:

@@ -30,7 +30,7 @@ def test_scales_default_by_method() -> None:
         ({"bits": True}, "bits must be one of"),
         ({"group_size": 0}, "group_size must be positive"),
         ({"group_size": 64.0}, "group_size must be an integer"),
-        ({"method": "magic"}, "method must be one of rtn, gptq; got 'magic'"),
+        ({"method": "magic"}, r"method must be one of rtn, gptq, awq, awq\+gptq; got 'magic'"),
         ({"scales": "best"}, "scales must be one of"),
         ({"symmetric": 1}, "symmetric must be True or False"),
         ({"damping": 0.0}, "damping must lie"),
@@ -54,8 +54,10 @@ def test_calibration_sizes_are_positive() -> None:
 
 def test_method_table_and_functions_agree() -> None:
     from llmq.methods import ROUNDINGS
+    from llmq.transforms import TRANSFORMS
 
-    assert [row.name for row in METHODS] == [name for name, _ in ROUNDINGS]
+    assert {row.rounding for row in METHODS} == {name for name, _ in ROUNDINGS}
+    assert {row.transform for row in METHODS} - {None} == {name for name, _ in TRANSFORMS}
 
 
 def test_importing_llmq_and_its_config_loads_neither_torch_nor_transformers() -> None:

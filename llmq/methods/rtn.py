@@ -11,5 +11,7 @@ from llmq.methods.scales import fit_scales
 
 def rtn(weight: Tensor, hessian: Tensor | None, target: Target) -> Rounded:
     """weight [N, K] -> its nearest codes. `hessian` plays no part: the method is data-free."""
-    scale, zero = fit_scales(target.scales)(weight, target.grid, target.dtype, None)
+    scale, zero = fit_scales(target.scales)(
+        weight, target.grid, target.dtype, None if hessian is None else hessian.diagonal()
+    )
     return Rounded(quantize(weight, scale, zero, target.grid))

@@ -42,11 +42,11 @@ def minmax(
 
 
 def search(
-    weight: Tensor, grid: Grid, dtype: torch.dtype, importance: Tensor | None = None
+    weight: Tensor, grid: Grid, dtype: torch.dtype, importance: Tensor | None = None, step: int = 1
 ) -> tuple[Tensor, Tensor | None]:
     """The candidate of least weighted squared error in each group.
 
-    weight: [N, K] floating. importance: [K], not negative; None weighs all columns alike.
+    weight: [N, K] floating. importance: [K], not negative; None weighs all columns alike. step: try every so manieth ratio.
     Returns scale [N, G] in `dtype` and zero uint8 [N, G], None when symmetric. Ties go to the earlier candidate.
     """
     groups = grouped(weight.float(), grid)  # [N, G, g]
@@ -56,11 +56,11 @@ def search(
     scale = torch.empty(rows, count, dtype=dtype, device=groups.device)
     zero = None if grid.symmetric else torch.empty(rows, count, dtype=torch.uint8, device=groups.device)
     candidates = _symmetric if grid.symmetric else _asymmetric
-    step = max(1, SLAB_ELEMENTS // (count * size)) if groups.device.type == "cpu" else rows
-    for start in range(0, rows, step):
-        slab = slice(start, start + step)
+    height = max(1, SLAB_ELEMENTS // (count * size)) if groups.device.type == "cpu" else rows
+    for start in range(0, rows, height):
+        slab = slice(start, start + height)
         best = torch.full_like(groups[slab, :, 0], torch.inf)
-        for error, candidate, offset in candidates(groups[slab], root, grid, dtype):
+        for error, candidate, offset in candidates(groups[slab], root, grid, dtype, step):
             better = error < best
             best = torch.where(better, error, best)
             scale[slab] = torch.where(better, candidate, scale[slab])
@@ -84,12 +84,12 @@ def _root(importance: Tensor) -> Tensor:
 
 
 def _symmetric(
-    groups: Tensor, root: Tensor, grid: Grid, dtype: torch.dtype
+    groups: Tensor, root: Tensor, grid: Grid, dtype: torch.dtype, step: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """(error [n, G], scale [n, G], None) of each symmetric candidate for groups [n, G, g]."""
     largest = groups.abs().amax(-1) / grid.middle
     steps, codes, error = (torch.empty_like(groups) for _ in range(3))
-    for ratio in SYMMETRIC_RATIOS:
+    for ratio in SYMMETRIC_RATIOS[::step]:
         scale = checked_scale(largest * ratio, dtype)
         torch.div(groups, scale.float().unsqueeze(-1), out=steps)
         torch.round(steps, out=codes)
@@ -100,13 +100,13 @@ def _symmetric(
 
 
 def _asymmetric(
-    groups: Tensor, root: Tensor, grid: Grid, dtype: torch.dtype
+    groups: Tensor, root: Tensor, grid: Grid, dtype: torch.dtype, step: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """(error [n, G], scale [n, G], zero uint8 [n, G]) of each asymmetric candidate for groups [n, G, g]."""
     low = groups.amin(-1).clamp_(max=0)
     high = groups.amax(-1).clamp_(min=0)
     steps, codes, error = (torch.empty_like(groups) for _ in range(3))
-    for ratio in ASYMMETRIC_RATIOS:
+    for ratio in ASYMMETRIC_RATIOS[::step]:
         scale = checked_scale((high - low) * (ratio / grid.levels), dtype)
         nearest = zero_for(low * ratio, scale, grid).float()
         torch.div(groups, scale.float().unsqueeze(-1), out=steps)

@@ -1,0 +1,200 @@
+"""Rescalable pairs: found on every architecture without a table, proven, and refused where the proof fails."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llmq.blocks import Call, capture, find_blocks
+from llmq.pairs import NoPair, Pair, find_pairs, scale_consumer, scale_producer
+from llmq.topology import input_groups, linears
+from tests.tiny import ARCHITECTURES, HIDDEN, INTERMEDIATE, VOCAB, tiny_model
+
+ROOT = Path(__file__).resolve().parent.parent
+IDS = torch.randint(3, VOCAB, (1, 16), generator=torch.Generator().manual_seed(1))
+
+LLAMA = {
+    "input_layernorm": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+    "self_attn.v_proj": "self_attn.o_proj",
+    "post_attention_layernorm": "mlp.gate_proj mlp.up_proj",
+    "mlp.up_proj": "mlp.down_proj",
+}
+GEMMA = {
+    **{k: v for k, v in LLAMA.items() if k != "post_attention_layernorm"},
+    "pre_feedforward_layernorm": "mlp.gate_proj mlp.up_proj",
+}
+EXPECTED = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "granite", "smollm3", "stablelm"), LLAMA),
+    **dict.fromkeys(("gemma2", "gemma3_text"), GEMMA),
+    "phi3": {
+        "input_layernorm": "self_attn.qkv_proj",
+        "self_attn.qkv_proj": "self_attn.o_proj",
+        "post_attention_layernorm": "mlp.gate_up_proj",
+        "mlp.gate_up_proj": "mlp.down_proj",
+    },
+    "olmo2": {"self_attn.v_proj": "self_attn.o_proj", "mlp.up_proj": "mlp.down_proj"},
+    "cohere": {
+        "input_layernorm": "self_attn.q_proj self_attn.k_proj self_attn.v_proj mlp.gate_proj mlp.up_proj",
+        "self_attn.v_proj": "self_attn.o_proj",
+        "mlp.up_proj": "mlp.down_proj",
+    },
+    "starcoder2": {
+        "input_layernorm": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+        "self_attn.v_proj": "self_attn.o_proj",
+        "post_attention_layernorm": "mlp.c_fc",
+    },
+    "opt": {
+        "self_attn_layer_norm": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+        "self_attn.v_proj": "self_attn.out_proj",
+        "final_layer_norm": "fc1",
+        "fc1": "fc2",
+    },
+    "gpt_neox": {
+        "input_layernorm": "attention.query_key_value",
+        "attention.query_key_value": "attention.dense",
+        "post_attention_layernorm": "mlp.dense_h_to_4h",
+    },
+    "bloom": {
+        "input_layernorm": "self_attention.query_key_value",
+        "self_attention.query_key_value": "self_attention.dense",
+        "post_attention_layernorm": "mlp.dense_h_to_4h",
+    },
+    "falcon": {
+        "input_layernorm": "self_attention.query_key_value mlp.dense_h_to_4h",
+        "self_attention.query_key_value": "self_attention.dense",
+    },
+}
+
+
+def taken_apart(arch: str, index: int = 0) -> tuple[nn.Module, Call, Tensor, list[tuple[str, ...]]]:
+    model = tiny_model(arch)
+    _, blocks = find_blocks(model)
+    captured = capture(model, lambda ids: model.base_model(input_ids=ids, use_cache=False), [IDS])
+    call, hidden = captured.calls[index][0], captured.hidden[0]
+    return blocks[index], call, hidden, input_groups(blocks[index], call, hidden, list(linears(blocks[index])))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_pairs_of_every_architecture(arch: str) -> None:
+    block, call, hidden, groups = taken_apart(arch)
+    found = find_pairs(block, call, hidden, groups)
+    assert [row.consumers for row in found] == groups
+    assert {row.producer: " ".join(row.consumers) for row in found if isinstance(row, Pair)} == EXPECTED[arch]
+    assert all(row.reason for row in found if isinstance(row, NoPair))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_any_scale_preserves_the_blocks_function(arch: str) -> None:
+    block, call, hidden, groups = taken_apart(arch, 1)
+    before = call(block, hidden)
+    generator = torch.Generator().manual_seed(3)
+    for pair in find_pairs(block, call, hidden, groups):
+        if not isinstance(pair, Pair):
+            continue
+        scaled = copy.deepcopy(block)
+        factors = torch.ones(len(scaled.get_submodule(pair.producer).weight))
+        used = pair.channels.unique()
+        factors[used] = torch.rand(len(used), generator=generator) * 3 + 0.2
+        scale_producer(scaled.get_submodule(pair.producer), pair, factors)
+        for name in pair.consumers:
+            scale_consumer(scaled.get_submodule(name), 1 / factors[pair.channels])
+        after = call(scaled, hidden)
+        assert not torch.equal(after, before), "something was scaled"
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+def test_channels_of_grouped_and_fused_heads() -> None:
+    """4 heads of 16 read 2 value heads; in phi3 these are rows 96 .. 127 of the fused projection."""
+    shared = torch.tensor([head // 2 * 16 + i for head in range(4) for i in range(16)])
+    for arch, offset in (("llama", 0), ("phi3", 96)):
+        block, call, hidden, groups = taken_apart(arch)
+        pair = find_pairs(block, call, hidden, groups)[1]
+        assert isinstance(pair, Pair)
+        assert torch.equal(pair.channels, shared + offset)
+    block, call, hidden, groups = taken_apart("phi3")
+    pair = find_pairs(block, call, hidden, groups)[3]
+    assert isinstance(pair, Pair)
+    assert torch.equal(pair.channels, torch.arange(INTERMEDIATE, 2 * INTERMEDIATE)), "up is the second half"
+
+
+def test_norms_that_add_one_are_told_from_those_that_do_not() -> None:
+    forms = {}
+    for arch in ("llama", "gemma2", "opt"):
+        block, call, hidden, groups = taken_apart(arch)
+        forms[arch] = find_pairs(block, call, hidden, groups)[0].form  # type: ignore[union-attr]
+    assert forms == {"llama": "weight", "gemma2": "one_plus", "opt": "weight"}
+
+
+class Toy(nn.Module):
+    """norm -> linear -> activation -> linear, with a leak that the proof must see."""
+
+    def __init__(self, activation: nn.Module, leak: str = "", affine: bool = True) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(HIDDEN, elementwise_affine=affine)
+        self.up, self.down = nn.Linear(HIDDEN, INTERMEDIATE), nn.Linear(INTERMEDIATE, HIDDEN)
+        self.activation, self.leak = activation, leak
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        inner = self.activation(self.up(normed))
+        out = x + self.down(inner)
+        if self.leak == "norm":
+            out = out + normed
+        if self.leak == "inner":
+            out = out + inner[..., :HIDDEN]
+        return out
+
+
+def toy(**kwargs: object) -> list[Pair | NoPair]:
+    block = Toy(**{"activation": nn.ReLU(), **kwargs})  # type: ignore[arg-type]
+    hidden = torch.randn(1, 16, HIDDEN)
+    return find_pairs(block, Call(0, (None,), {}), hidden, [("up",), ("down",)])
+
+
+def test_what_else_reads_the_producer_is_caught() -> None:
+    first, second = toy()
+    assert isinstance(first, Pair)
+    assert isinstance(second, Pair)
+    first, second = toy(leak="norm")
+    assert isinstance(first, NoPair)
+    assert first.reason == "norm feeds them and something else too: the block's output changes"
+    assert isinstance(second, Pair)
+    first, second = toy(leak="inner")
+    assert isinstance(first, Pair)
+    assert isinstance(second, NoPair)
+    assert "up feeds them and something else too" in second.reason
+
+
+def test_only_activations_that_commute_with_scales_pass() -> None:
+    for activation, passes in ((nn.ReLU(), True), (nn.LeakyReLU(), True), (nn.GELU(), False), (nn.SiLU(), False)):
+        assert isinstance(toy(activation=activation)[1], Pair) == passes
+
+
+def test_a_norm_without_weight_is_named() -> None:
+    found = toy(affine=False)[0]
+    assert isinstance(found, NoPair)
+    assert found.reason == "norm produces their input: no scale passes through it, and it has no weight"
+
+
+def test_known_pairs_are_proven_again_and_nothing_is_changed() -> None:
+    block, call, hidden, groups = taken_apart("llama")
+    before = copy.deepcopy(block.state_dict())
+    known = find_pairs(block, call, hidden, groups)
+    again = find_pairs(block, call, hidden, groups, known)
+    assert all(a is b for a, b in zip(known, again, strict=True))
+    wrong = [Pair("self_attn.k_proj", "rows", torch.arange(64) % 32, groups[1])]
+    found = find_pairs(block, call, hidden, groups, wrong)
+    assert found[1].producer == "self_attn.v_proj"  # type: ignore[union-attr]
+    assert all(torch.equal(before[key], value) for key, value in block.state_dict().items())
+
+
+def test_the_table_in_the_docs_is_what_the_command_prints() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "pairs_table.py")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert (ROOT / "docs" / "pairs.md").read_text(encoding="utf-8") == printed

@@ -46,7 +46,7 @@ def main() -> None:
             lines.append({"model": f"{model} {name}", **told})
         print_perplexities(console, results)
     console.print("\nthe GPTQ model answers:", style="bold")
-    generate_text(OUT / "demo-gptq", "Why is the sky blue?", max_new_tokens=60)
+    generate_text(OUT / "demo-gptq", "What is the capital of France?", max_new_tokens=60)
     print_json(lines)
 
 

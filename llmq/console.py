@@ -124,7 +124,7 @@ def print_report(console: Console, report: Report) -> None:
         told = report.calibration
         console.print(f"calibrated on {told['windows']} windows of {told['seq_len']} tokens of {told['dataset']}")
     _print_pairs(console, report)
-    for note in (*report.notes, *_shortened(report.fallbacks)):
+    for note in (*report.notes, *_shortened(_gathered(report.fallbacks))):
         console.print(f"note: {note}", markup=False)
     console.print(
         f"{len(report.layers)} linears at {report.bits_per_weight:.3f} bits per weight, "
@@ -181,6 +181,15 @@ def _averages(rows: Sequence[LinearReport]) -> list[str]:
         "/".join(groups),
         f"{sum(r.seconds for r in rows):.1f}",
     ]
+
+
+def _gathered(lines: Sequence[str]) -> list[str]:
+    """`LINEAR: what happened` lines with one line for all linears that the same happened to."""
+    owners: dict[str, list[str]] = {}
+    for line in lines:
+        name, _, what = line.partition(": ")
+        owners.setdefault(what, []).append(name)
+    return [f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {what}" for what, names in owners.items()]
 
 
 def _shortened(lines: Sequence[str], most: int = 6) -> list[str]:

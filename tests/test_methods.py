@@ -10,7 +10,7 @@ from llmq.errors import LlmqError
 from llmq.methods import ROUNDINGS, rounding
 from llmq.methods.base import Target, output_error
 from llmq.methods.gptq import gptq, inverse_factor
-from llmq.methods.scales import fit_scales, search
+from llmq.methods.scales import fit_scales, minmax, search
 
 SHAPES = [(6, 64, 32), (5, 160, 32), (4, 288, None)]  # rows, columns (past one lazy block of 128), group size
 
@@ -199,3 +199,14 @@ def test_more_damping_then_float64_each_said() -> None:
     indefinite[0, 1] = indefinite[1, 0] = 3.0
     with pytest.raises(LlmqError, match="cannot be factored even with damping 1 in float64"):
         gptq(weight, indefinite, target(32))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_without_data_the_search_clips_next_to_nothing_and_is_no_worse_than_min_max(symmetric: bool) -> None:
+    weight = torch.randn(16, 256, generator=torch.Generator().manual_seed(4))
+    grid = Grid(4, 64, symmetric)
+    found, plain = (quantize(weight, *how(weight, grid, torch.bfloat16, None), grid) for how in (search, minmax))
+    groups = (weight - found.dequantize(torch.float32)).view(16, 4, 64)
+    assert bool((groups.abs().amax(-1) <= found.scale.float().abs()).all()), "less than a step, even of the largest"
+    errors = [float((weight - q.dequantize(torch.float32)).square().sum()) for q in (found, plain)]
+    assert errors[0] <= errors[1]

@@ -12,6 +12,11 @@ to the storage dtype first, so what is compared is what is stored. All of them a
                  the sign against the largest weight is the signed full-range scale, 16/15 is the min-max scale
     asymmetric   the range [ratio * min, ratio * max], ratio from 1 down to 0.5, zero point nearest and one to each side
 
+Without data only ratios that clip next to nothing are tried (symmetric from 1.02 on, asymmetric from 0.97): the squared error
+of weights that are all held alike is lowest with some of the largest clipped, and a model is worse for it. Perplexity of
+RTN on SmolLM2-135M in general position (g64, bfloat16 scales): min-max 38.2, all ratios 39.7, from 1.02 on 33.7; min-max with
+float16 scales 37.4. With the Hessian's weights it is the other way round: from 0.84 on, KL of GPTQ 0.198; all, 0.184.
+
 How: groups go through in slabs of a few hundred kilobytes, so that the ~5 passes a candidate takes stay in the cache.
 Errors are measured in steps (t = w / scale, error = clamp(round(t)) - t), which lets both signs share division and
 rounding. Left out: gradient or closed-form refinement of the winner.
@@ -19,7 +24,7 @@ rounding. Left out: gradient or closed-form refinement of the winner.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +34,8 @@ from llmq.core.grid import Grid, checked_scale, fit, grouped, zero_for
 SYMMETRIC_RATIOS = tuple(1.15 - 0.65 * step / 26 for step in range(27))
 ASYMMETRIC_RATIOS = tuple(1.0 - 0.5 * step / 20 for step in range(21))
 ZERO_SHIFTS = (0, -1, 1)
+UNCLIPPED_SYMMETRIC = tuple(ratio for ratio in SYMMETRIC_RATIOS if ratio > 1.02)
+UNCLIPPED_ASYMMETRIC = tuple(ratio for ratio in ASYMMETRIC_RATIOS if ratio > 0.97)
 SLAB_ELEMENTS = 1 << 17
 
 FitScales = Callable[[Tensor, Grid, torch.dtype, "Tensor | None"], tuple[Tensor, "Tensor | None"]]
@@ -46,7 +53,8 @@ def search(
 ) -> tuple[Tensor, Tensor | None]:
     """The candidate of least weighted squared error in each group.
 
-    weight: [N, K] floating. importance: [K], not negative; None weighs all columns alike. step: try every so manieth ratio.
+    weight: [N, K] floating. importance: [K], not negative; None weighs all columns alike and clips next to nothing.
+    step: try every so manieth ratio.
     Returns scale [N, G] in `dtype` and zero uint8 [N, G], None when symmetric. Ties go to the earlier candidate.
     """
     groups = grouped(weight.float(), grid)  # [N, G, g]
@@ -56,11 +64,12 @@ def search(
     scale = torch.empty(rows, count, dtype=dtype, device=groups.device)
     zero = None if grid.symmetric else torch.empty(rows, count, dtype=torch.uint8, device=groups.device)
     candidates = _symmetric if grid.symmetric else _asymmetric
+    ratios = _ratios(grid, importance is not None)[::step]
     height = max(1, SLAB_ELEMENTS // (count * size)) if groups.device.type == "cpu" else rows
     for start in range(0, rows, height):
         slab = slice(start, start + height)
         best = torch.full_like(groups[slab, :, 0], torch.inf)
-        for error, candidate, offset in candidates(groups[slab], root, grid, dtype, step):
+        for error, candidate, offset in candidates(groups[slab], root, grid, dtype, ratios):
             better = error < best
             best = torch.where(better, error, best)
             scale[slab] = torch.where(better, candidate, scale[slab])
@@ -77,6 +86,12 @@ def fit_scales(name: str) -> FitScales:
     return dict(SEARCHES)[name]
 
 
+def _ratios(grid: Grid, weighted: bool) -> tuple[float, ...]:
+    if grid.symmetric:
+        return SYMMETRIC_RATIOS if weighted else UNCLIPPED_SYMMETRIC
+    return ASYMMETRIC_RATIOS if weighted else UNCLIPPED_ASYMMETRIC
+
+
 def _root(importance: Tensor) -> Tensor:
     """Square root of the weights of the error, in units of their mean; dead columns keep a little weight."""
     mean = importance.mean().clamp_min(torch.finfo(torch.float32).tiny)
@@ -84,12 +99,12 @@ def _root(importance: Tensor) -> Tensor:
 
 
 def _symmetric(
-    groups: Tensor, root: Tensor, grid: Grid, dtype: torch.dtype, step: int
+    groups: Tensor, root: Tensor, grid: Grid, dtype: torch.dtype, ratios: Sequence[float]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """(error [n, G], scale [n, G], None) of each symmetric candidate for groups [n, G, g]."""
     largest = groups.abs().amax(-1) / grid.middle
     steps, codes, error = (torch.empty_like(groups) for _ in range(3))
-    for ratio in SYMMETRIC_RATIOS[::step]:
+    for ratio in ratios:
         scale = checked_scale(largest * ratio, dtype)
         torch.div(groups, scale.float().unsqueeze(-1), out=steps)
         torch.round(steps, out=codes)
@@ -100,13 +115,13 @@ def _symmetric(
 
 
 def _asymmetric(
-    groups: Tensor, root: Tensor, grid: Grid, dtype: torch.dtype, step: int
+    groups: Tensor, root: Tensor, grid: Grid, dtype: torch.dtype, ratios: Sequence[float]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """(error [n, G], scale [n, G], zero uint8 [n, G]) of each asymmetric candidate for groups [n, G, g]."""
     low = groups.amin(-1).clamp_(max=0)
     high = groups.amax(-1).clamp_(min=0)
     steps, codes, error = (torch.empty_like(groups) for _ in range(3))
-    for ratio in ASYMMETRIC_RATIOS[::step]:
+    for ratio in ratios:
         scale = checked_scale((high - low) * (ratio / grid.levels), dtype)
         nearest = zero_for(low * ratio, scale, grid).float()
         torch.div(groups, scale.float().unsqueeze(-1), out=steps)

@@ -7,8 +7,10 @@ runs, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
@@ -106,7 +108,7 @@ def quantize(
             print_preview(console, preview)
             print_json({"before": preview.before, "after": preview.after, "peak": preview.peak, **preview.memory})
             return
-        with block_progress(quiet) as progress:
+        with block_progress(quiet) as shown, interruptible(shown) as progress:
             report = api.quantize(
                 source,
                 output or default_output(model or "demo", config),
@@ -237,6 +239,33 @@ def default_output(model: str, config: QuantConfig) -> Path:
         name = DEMO_NAME + model.removeprefix("demo")
     group = "" if config.group_size < 0 else f"g{config.group_size}"
     return Path(f"{name}-{config.method}-w{config.bits}{group}{'' if config.symmetric else '-asym'}")
+
+
+@contextmanager
+def interruptible(show: Callable[[Any], None]) -> Iterator[Callable[[Any], None]]:
+    """While blocks are rounded, Ctrl-C waits for the next step of progress; a second one does not.
+
+    Raised just anywhere, `KeyboardInterrupt` can arrive while native code is calling back, which aborts the process.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    asked: list[int] = []
+
+    def ask(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    def step(value: Any) -> None:
+        if signal.getsignal(signal.SIGINT) is not ask:
+            signal.signal(signal.SIGINT, ask)
+        show(value)
+        if asked:
+            raise KeyboardInterrupt
+
+    try:
+        yield step
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def guarded(run: Callable[[], None]) -> None:

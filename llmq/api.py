@@ -27,6 +27,7 @@ from llmq.checkpoint.writer import StagedCheckpoint
 from llmq.config import Calibration, QuantConfig, method
 from llmq.core.quantized import QuantizedWeight
 from llmq.errors import LlmqError
+from llmq.eval.models import context_length
 from llmq.formats import compressed_tensors as ct
 from llmq.pipeline import Step, quantize_blocks
 from llmq.plan import Plan, make_plan
@@ -181,8 +182,8 @@ def _windows(
 
 def _length(source: Source, asked: Calibration) -> int:
     """Tokens per calibration window: as asked, or the model's context."""
-    context = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-    return min(asked.seq_len, context) if isinstance(context, int) else asked.seq_len
+    context = context_length(source.model)
+    return asked.seq_len if context is None else min(asked.seq_len, context)
 
 
 def _run(

@@ -29,27 +29,39 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def read_tokens(dataset: str, split: Split, tokenizer: Any) -> tuple[Tensor, Corpus]:
-    """One stream of ids int64 `[tokens]` of a dataset, and what it is. Conversations go through the chat template, one after
-    the other, with all the special tokens that it writes and no others.
+Conversations = list[list[dict[str, Any]]]
 
-    Raises `LlmqError` for what `llmq.eval.corpus` refuses, and for conversations without a chat template.
+
+def read_dataset(dataset: str, split: Split) -> Corpus | Conversations:
+    """A dataset's text, or its conversations. Raises `LlmqError` for what `llmq.eval.corpus` refuses."""
+    return load_conversations(dataset) if is_conversations(dataset) else load_text(dataset, split)
+
+
+def tokens_of(dataset: str, text: Corpus | Conversations, tokenizer: Any) -> tuple[Tensor, Corpus]:
+    """One stream of ids int64 `[tokens]` of what `read_dataset` gave for `dataset`, and what it is. Conversations go through
+    the chat template, one after the other, with all the special tokens that it writes and no others.
+
+    Raises `LlmqError` for conversations that no chat template takes.
     """
-    if not is_conversations(dataset):
-        corpus = load_text(dataset, split)
-        return tokenize(tokenizer, corpus.text), corpus
-    conversations = load_conversations(dataset)
+    if isinstance(text, Corpus):
+        return tokenize(tokenizer, text.text), text
     if not getattr(tokenizer, "chat_template", None):
         raise LlmqError(
             f"{dataset} holds conversations, and the model's tokenizer has no chat template; give plain text"
         )
     try:
-        texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in conversations]
+        texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in text]
     except Exception as error:  # a template raises what it likes on roles that it does not know
         raise LlmqError(f"{dataset} does not fit the model's chat template: {str(error).splitlines()[0]}") from error
-    ids = [i for text in texts for i in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
-    described = f"{len(conversations)} conversations of {dataset}"
-    return torch.tensor(ids, dtype=torch.int64), Corpus(dataset, "".join(texts), described)
+    ids = [i for part in texts for i in tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]]
+    return torch.tensor(ids, dtype=torch.int64), Corpus(
+        dataset, "".join(texts), f"{len(text)} conversations of {dataset}"
+    )
+
+
+def read_tokens(dataset: str, split: Split, tokenizer: Any) -> tuple[Tensor, Corpus]:
+    """`tokens_of` what `read_dataset` gives."""
+    return tokens_of(dataset, read_dataset(dataset, split), tokenizer)
 
 
 def checked(token_ids: Any, config: Any) -> Tensor:

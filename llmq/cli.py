@@ -23,7 +23,6 @@ from llmq.config import method as named_method
 from llmq.errors import LlmqError
 
 DEMO_MODELS = ("demo", "demo-general")
-EVALUATION_DTYPES = ("bfloat16", "float32")  # on accelerators, on CPUs
 SETTINGS = {"token_normalize_func": lambda token: token.replace("_", "-")}
 
 MethodName = Enum("MethodName", {m.name: m.name for m in METHODS}, type=str)  # type: ignore[misc]
@@ -151,11 +150,12 @@ def evaluate(
     def run() -> None:
         from llmq.api import pick_device
         from llmq.console import make_console, print_json, print_perplexities, print_speeds, window_progress
-        from llmq.evaluation import compared, open_model, perplexity_of, speed_of
+        from llmq.evaluation import compared, evaluation_dtype, open_model, perplexity_of, speed_of
 
         results = []
-        kind = EVALUATION_DTYPES[pick_device(device) == "cpu"] if dtype.value == "auto" else dtype.value
-        base = None if against is None else open_model(open_named(against), kind, pick_device(device), revision)[0]
+        place = pick_device(device)
+        kind = evaluation_dtype(dtype.value, place)
+        base = None if against is None else open_model(open_named(against), kind, place, revision)[0]
         for name in models:
             with window_progress(quiet, name) as progress:
                 result, told = perplexity_of(

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from llmq.api import load, pick_device
-from llmq.calibration import read_tokens
+from llmq.calibration import read_dataset, tokens_of
 from llmq.errors import LlmqError
-from llmq.eval.corpus import is_conversations, load_text
 from llmq.eval.divergence import divergence
 from llmq.eval.latency import Latency, measure_in_turns
 from llmq.eval.models import context_length
@@ -25,7 +24,7 @@ PROMPT, NEW = 512, 64
 def open_model(source: Any, dtype: str, device: str = "cpu", revision: str | None = None) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder, repo id or GGUF value, plain or quantized; every float in `dtype`."""
     from llmq.hf.parts import quiet
-    from llmq.hf.serving import is_quantized, is_quantized_otherwise
+    from llmq.hf.serving import stored_scheme
     from llmq.hf.source import open_source
 
     path = isinstance(source, (str, Path)) and not str(source).endswith(".gguf")
@@ -33,7 +32,7 @@ def open_model(source: Any, dtype: str, device: str = "cpu", revision: str | Non
     if path:
         try:
             with quiet():
-                packed = is_quantized(source, **hub) or is_quantized_otherwise(source, **hub)
+                packed = stored_scheme(source, **hub) is not None  # `load` says why where it is not ours
         except (OSError, ValueError):
             packed = False  # `open_source` below says what is wrong with it
         if packed:
@@ -45,6 +44,11 @@ def open_model(source: Any, dtype: str, device: str = "cpu", revision: str | Non
     for index in range(len(opened)):
         opened.load_block(index)
     return opened.model.eval(), opened.tokenizer()
+
+
+def evaluation_dtype(dtype: str, place: str) -> str:
+    """`auto` -> float32 on a CPU, else bfloat16; any other as it is."""
+    return ("float32" if place == "cpu" else "bfloat16") if dtype == "auto" else dtype
 
 
 def _tokenizer(source: Any, hub: dict[str, str]) -> Any:
@@ -76,12 +80,11 @@ def perplexity_of(
 
     against: the loaded original; the divergence from it is measured on the same windows and put into the JSON values.
     """
-    if not is_conversations(dataset):
-        load_text(dataset, "evaluation")  # refused before a model is loaded, where it is
+    text = read_dataset(dataset, "evaluation")  # refused before a model is loaded, where it is
     place = pick_device(device)
-    kind = ("float32" if place == "cpu" else "bfloat16") if dtype == "auto" else dtype
+    kind = evaluation_dtype(dtype, place)
     model, tokenizer = open_model(source, kind, place, revision)
-    ids, corpus = read_tokens(dataset, "evaluation", tokenizer)
+    ids, corpus = tokens_of(dataset, text, tokenizer)
     ids = ids[: corpus.max_tokens]
     result = perplexity(model, ids, window, limit, batch_size, progress, tokenizer)
     told: dict[str, Any] = {

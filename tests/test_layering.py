@@ -39,7 +39,7 @@ EDGES: dict[str, set[str]] = {
     "report": {"blockwork", "transforms"},
     "sizing": {"walk", "formats", "plan", "report", "hf"},
     "api": {
-        *("blocks", "calibration", "checkpoint", "core", "formats", "hf"),
+        *("blocks", "calibration", "checkpoint", "core", "eval", "formats", "hf"),
         *("blockwork", "pipeline", "plan", "sizing", "report", "transforms"),
     },
     "evaluation": {"api", "calibration", "eval", "hf"},

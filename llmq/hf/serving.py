@@ -130,17 +130,12 @@ def is_quantized(path: str | Path, **hub: Any) -> bool:
 
     hub: as of `from_pretrained` (revision, token, ...). Raises transformers' OSError where there is no config to read.
     """
-    stored = _scheme(path, **hub)
+    stored = stored_scheme(path, **hub)
     return stored is not None and ct.foreign(stored) is None
 
 
-def is_quantized_otherwise(path: str | Path, **hub: Any) -> bool:
-    """Whether it holds one that `load` refuses, naming why."""
-    stored = _scheme(path, **hub)
-    return stored is not None and ct.foreign(stored) is not None
-
-
-def _scheme(path: str | Path, **hub: Any) -> dict[str, Any] | None:
+def stored_scheme(path: str | Path, **hub: Any) -> dict[str, Any] | None:
+    """The `quantization_config` of a folder or repo, one that `load` refuses included; None where there is none."""
     values, _ = PreTrainedConfig.get_config_dict(path, **hub)
     stored = values.get("quantization_config")
     return stored if isinstance(stored, dict) else None

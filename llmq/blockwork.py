@@ -66,6 +66,8 @@ class BlockWork:
         self.reports: list[LinearReport] = []
         self.folded: list[PairReport] = []
         self._block, self._name, self._config, self._dtype, self._done = block, name, config, dtype, done
+        self._method = method(config.method)
+        self._rounding = rounding(self._method.rounding)
         self._planned = plan.of_block(name)
         self._linears = linears(block)
         self._moment: SecondMoment | None = None
@@ -89,36 +91,40 @@ class BlockWork:
         known: Sequence[Pair | NoPair],
     ) -> list[Pair | NoPair]:
         """Change the block as the method's transform does; returns the pairs found, which the next block may share."""
-        row = method(self._config.method)
-        if row.transform is None or not groups:
+        if self._method.transform is None or not groups:
             return []
+        change = transform(self._method.transform)
         pairs = find_pairs(self._block, probe, few, groups, known)
+        found = [pair for pair in pairs if isinstance(pair, Pair)]
+        proposals = {
+            pair.consumers: Proposal(PairReport(None, pair.consumers, None, None, None, pair.reason))
+            for pair in pairs
+            if isinstance(pair, NoPair)
+        }
         grids = {name: self._planned[name].grid for group in groups for name in group}
-        task = Task(grids, lambda w, h, grid: rounding(row.rounding)(w, h, self._target(grid)).weight, self._dtype)
-        gates = [self._linears[group[0]] for group in groups]
-        watchers: dict[int, Watcher] = {}
-        proposals: list[Proposal] = []
+        task = Task(grids, lambda w, h, grid: self._rounding(w, h, self._target(grid)).weight, self._dtype)
+        watchers: list[Watcher] = []  # of the pair at hand
 
-        def see(gate: int, x: Tensor) -> None:
-            watchers.setdefault(gate, Watcher(x.shape[-1], x.device)).add(x)
+        def see(_: int, x: Tensor) -> None:
+            if not watchers:
+                watchers.append(Watcher(x.shape[-1], x.device))
+            watchers[0].add(x)
 
         def choose(gate: int) -> None:
-            pair, watcher = pairs[gate], watchers.pop(gate)
-            if isinstance(pair, NoPair):
-                proposals.append(Proposal(PairReport(None, pair.consumers, None, None, None, pair.reason)))
-                return
-            observed = watcher.value(f"{self._name}.{groups[gate][0]}")
-            assert row.transform is not None
-            proposals.append(transform(row.transform)(self._block, pair, observed, task))
+            pair = found[gate]
+            observed = watchers.pop().value(f"{self._name}.{pair.consumers[0]}")
+            proposals[pair.consumers] = change(self._block, pair, observed, task)
 
-        count = min(SEARCH_BATCHES, len(hidden))
-        walk(self._block, calls[:count], list(hidden[:count]), gates, see, choose)
-        self.folded = [proposal.settled().inside(self._name) for proposal in proposals]
+        if found:
+            count = min(SEARCH_BATCHES, len(hidden))
+            gates = [self._linears[pair.consumers[0]] for pair in found]
+            walk(self._block, calls[:count], list(hidden[:count]), gates, see, choose)
+        self.folded = [proposals[group].settled().inside(self._name) for group in groups]
         return pairs
 
     def round(self, groups: list[tuple[str, ...]], calls: Sequence[Call], hidden: list[Tensor]) -> list[Tensor]:
         """Quantize the block's linears; returns its outputs (its inputs again, for a data-free method)."""
-        if not method(self._config.method).calibrated:
+        if not self._method.calibrated:
             for group in groups:
                 self._round(group, None, 0)
             return hidden
@@ -146,7 +152,7 @@ class BlockWork:
             weight = torch.cat([self._linears[name].weight.detach().float() for name in names])
             target = self._target(grid)
             try:
-                rounded = rounding(method(self._config.method).rounding)(weight, hessian, target)
+                rounded = self._rounding(weight, hessian, target)
                 plain = replace(target, scales="minmax")
                 is_plain = self._config.method == "rtn" and target == plain
                 baseline = rounded if is_plain else rtn(weight, None, plain)

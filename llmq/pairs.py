@@ -75,8 +75,9 @@ def find_pairs(
     return [_known(twin, before.get(group)) or _find(twin, group) for group in groups]
 
 
-def scale_producer(module: nn.Module, pair: Pair, factors: Tensor) -> None:
-    """Multiply the producer's channels by `factors` [channels], in place and in its own dtype."""
+def scale_producer(module: nn.Module, pair: Pair, factors: Tensor) -> Tensor:
+    """Multiply the producer's channels by `factors` [channels], in place and in its own dtype; the weight as it was before
+    being rounded to that."""
     weight, bias = module.weight, getattr(module, "bias", None)
     assert isinstance(weight, Tensor)
     exact = weight.data.to(factors.dtype)
@@ -89,11 +90,14 @@ def scale_producer(module: nn.Module, pair: Pair, factors: Tensor) -> None:
     weight.data.copy_(exact)
     if isinstance(bias, Tensor):
         bias.data.copy_(bias.data.to(factors.dtype) * factors)
+    return exact
 
 
-def scale_consumer(module: nn.Linear, factors: Tensor) -> None:
-    """Multiply the columns of a linear by `factors` [K], in place and in its own dtype."""
-    module.weight.data.copy_(module.weight.data.to(factors.dtype) * factors)
+def scale_consumer(module: nn.Linear, factors: Tensor) -> Tensor:
+    """Multiply the columns of a linear by `factors` [K], in place and in its own dtype; the weight before it was rounded."""
+    exact = module.weight.data.to(factors.dtype) * factors
+    module.weight.data.copy_(exact)
+    return exact
 
 
 @contextmanager
@@ -127,14 +131,15 @@ def _known(twin: Twin, pair: Pair | None) -> Pair | None:
 
 def _find(twin: Twin, consumers: tuple[str, ...]) -> Pair | NoPair:
     source = twin.source_of(consumers[0])
+    before = twin.read(consumers[0])
     refused = "nothing that can be rescaled produces their input"
-    if source is not None and (found := _norm(twin, source, consumers)) is not None:
+    if source is not None and (found := _norm(twin, source, consumers, before)) is not None:
         if isinstance(found, Pair):
             return found if _holds(twin, found) else NoPair(consumers, _shared(source))
         refused = found
     order = list(twin.inputs)
     for producer in reversed(order[: order.index(consumers[0])]):
-        channels = _fed_by(twin, producer, consumers)
+        channels = _fed_by(twin, producer, consumers, before)
         if channels is not None:
             pair = Pair(producer, "rows", channels, consumers)
             if _holds(twin, pair):
@@ -147,8 +152,8 @@ def _shared(producer: str) -> str:
     return f"{producer} feeds them and something else too: the block's output changes"
 
 
-def _norm(twin: Twin, name: str, consumers: tuple[str, ...]) -> Pair | str | None:
-    """The pair of a norm, in the form that its weight is kept in; or why it is none."""
+def _norm(twin: Twin, name: str, consumers: tuple[str, ...], before: Tensor) -> Pair | str | None:
+    """The pair of a norm, in the form that its weight is kept in; or why it is none. before: what the consumers read."""
     weight = getattr(twin.modules[name], "weight", None)
     if weight is None:
         kept = any(True for _ in twin.modules[name].parameters())
@@ -156,7 +161,6 @@ def _norm(twin: Twin, name: str, consumers: tuple[str, ...]) -> Pair | str | Non
     width = twin.modules[consumers[0]].in_features
     if weight.ndim != 1 or len(weight) != width:
         return None
-    before = twin.read(consumers[0])
     for form in ("weight", "one_plus"):
         pair = Pair(name, form, torch.arange(width), consumers)
         with _scaled(twin, pair, torch.full((width,), 2.0, dtype=torch.float64)):
@@ -175,19 +179,18 @@ def _holds(twin: Twin, pair: Pair) -> bool:
     return bool(torch.isfinite(twin.output).all()) and torch.equal(after, twin.output)
 
 
-def _fed_by(twin: Twin, producer: str, consumers: tuple[str, ...]) -> Tensor | None:
+def _fed_by(twin: Twin, producer: str, consumers: tuple[str, ...], before: Tensor) -> Tensor | None:
     """channels [K] where rows of the linear `producer` feed the columns of `consumers` one by one; else None."""
-    count, width = twin.modules[producer].out_features, twin.modules[consumers[0]].in_features
-    before = twin.read(consumers[0])
+    count, width = twin.modules[producer].out_features, before.shape[1]
     dead = (before == 0).all(0)  # ReLU may silence a column on these few tokens
-    rows: Tensor | None = torch.ones(count, dtype=torch.bool)
-    assert rows is not None
+    rows = torch.ones(count, dtype=torch.bool)
     whole = _doubled(twin, producer, consumers, rows, before)
     if whole is None:
-        rows = _some_rows(twin, producer, consumers, before) if count > width else None
+        some = _some_rows(twin, producer, consumers, before) if count > width else None
+        if some is None:
+            return None
+        rows = some
     elif not bool((whole | dead).all()):
-        return None
-    if rows is None:
         return None
     numbers, channels = torch.arange(count), torch.zeros(width, dtype=torch.int64)
     for bit in range(max(1, (count - 1).bit_length())):

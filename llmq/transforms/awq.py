@@ -25,10 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from llmq.core.grid import Grid, quantize
+from llmq.core.quantized import QuantizedWeight
 from llmq.methods.scales import search
 from llmq.pairs import Pair, scale_consumer, scale_producer
 from llmq.statistics import Observed
-from llmq.transforms.base import PairReport, Proposal, Task
+from llmq.transforms.base import PairReport, Proposal, Round, Task
 
 ROWS = 128
 RATIO_STEP = 3  # while candidates are compared, every third ratio of the scale search is tried
@@ -55,7 +56,12 @@ def awq(block: nn.Module, pair: Pair, observed: Observed, task: Task) -> Proposa
     none = Scales(torch.ones_like(observed.mean))
 
     def score(scales: Scales) -> float:
-        return sum(consumer.error(scales.factors, observed.fit, None, task) for consumer in consumers)
+        moment = _of_scaled(observed.fit, scales.factors)
+        return sum(consumer.error(scales.factors, moment, task.dtype) for consumer in consumers)
+
+    def judge(scales: Scales) -> float:
+        fit, held = (_of_scaled(moment, scales.factors) for moment in (observed.fit, observed.held))
+        return sum(consumer.real_error(scales.factors, fit, held, task.round) for consumer in consumers)
 
     found = {none: score(none)}
     salience = torch.stack([consumer.mean for consumer in consumers]).mean(0)
@@ -69,10 +75,7 @@ def awq(block: nn.Module, pair: Pair, observed: Observed, task: Task) -> Proposa
     if best is none:
         report = PairReport(pair.producer, pair.consumers, str(best), fit, None, "no scale lowers the error")
         return Proposal(report)
-    without, with_ = (
-        sum(consumer.error(scales.factors, observed.fit, observed.held, task) for consumer in consumers)
-        for scales in (none, best)
-    )
+    without, with_ = judge(none), judge(best)
     held = with_ / without if without > 0 else 1.0
     note = None if held < 1 else "no gain on held-out windows with the rounding that follows"
     report = PairReport(pair.producer, pair.consumers, str(best), fit, held, note)
@@ -90,19 +93,25 @@ class _Consumer:
         self._weight = weight[torch.arange(count, device=weight.device) * len(weight) // count]
         self._share = len(weight) / count
 
-    def error(self, factors: Tensor, fit: Tensor, held: Tensor | None, task: Task) -> float:
-        """tr(E H E^T), estimated from some rows: rounded against `fit`, judged by it; where `held` is given, rounded by
-        the method that follows and judged by `held`."""
-        scaled, both = self._weight * factors, factors * factors.unsqueeze(1)
-        moment = fit / both
-        if held is None:
-            scales = search(scaled, self._grid, task.dtype, moment.diagonal(), RATIO_STEP)
-            rounded = quantize(scaled, *scales, self._grid)
-        else:
-            rounded = task.round(scaled, moment, self._grid)
-            moment = held / both
+    def error(self, factors: Tensor, moment: Tensor, dtype: torch.dtype) -> float:
+        """tr(E H E^T), estimated from some rows. moment: H of the inputs over `factors`; dtype: of scales."""
+        scaled = self._weight * factors
+        found = search(scaled, self._grid, dtype, moment.diagonal(), RATIO_STEP)
+        return self._lost(scaled, quantize(scaled, *found, self._grid), moment)
+
+    def real_error(self, factors: Tensor, fit: Tensor, held: Tensor, round_: Round) -> float:
+        """The same, rounded against `fit` by the method that follows and judged by `held`."""
+        scaled = self._weight * factors
+        return self._lost(scaled, round_(scaled, fit, self._grid), held)
+
+    def _lost(self, scaled: Tensor, rounded: QuantizedWeight, moment: Tensor) -> float:
         lost = rounded.dequantize(torch.float32) - scaled
         return self._share * float((lost @ moment * lost).sum(dtype=torch.float64))
+
+
+def _of_scaled(moment: Tensor, factors: Tensor) -> Tensor:
+    """The second moment [K, K] of inputs divided by `factors` [K]."""
+    return moment / (factors * factors.unsqueeze(1))
 
 
 class _Candidates:
@@ -139,17 +148,17 @@ def _fold(block: nn.Module, pair: Pair, factors: Tensor) -> str | None:
     before = [parameter.data.clone() for module in (producer, *consumers) for parameter in module.parameters()]
     inverse = torch.ones(len(_weight(producer)), device=factors.device)
     inverse[pair.channels.to(factors.device)] = 1 / factors
-    exact = [_weight(producer).float() * inverse.unsqueeze(1)] if pair.form == "rows" else []
-    had = _channel(producer, pair)
-    scale_producer(producer, pair, inverse)
-    if pair.form != "rows":
+    scaled = []
+    if pair.form == "rows":
+        scaled.append((producer, scale_producer(producer, pair, inverse)))
+    else:  # what a norm is rounded to is made good in the consumers
+        had = _channel(producer, pair)
+        scale_producer(producer, pair, inverse)
         factors = (had / _channel(producer, pair))[pair.channels.to(factors.device)].nan_to_num(nan=1.0)
     for linear in consumers:
         assert isinstance(linear, nn.Linear)
-        exact.append(linear.weight.data.float() * factors)
-        scale_consumer(linear, factors)
-    stored = [_weight(module) for module in ((producer, *consumers) if pair.form == "rows" else consumers)]
-    if all(_kept(a, b) for a, b in zip(exact, stored, strict=True)) and bool(torch.isfinite(_weight(producer)).all()):
+        scaled.append((linear, scale_consumer(linear, factors)))
+    if all(_kept(exact, _weight(module)) for module, exact in scaled) and bool(torch.isfinite(_weight(producer)).all()):
         return None
     for parameter, value in zip((p for m in (producer, *consumers) for p in m.parameters()), before, strict=True):
         parameter.data.copy_(value)

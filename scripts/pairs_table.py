@@ -9,8 +9,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = """# Pairs that AWQ may rescale
 
@@ -23,19 +21,11 @@ A scale moves from the producer's channels to the consumers' columns.
 
 def row(arch: str) -> str:
     """One line of the table."""
-    from llmq.blocks import capture, find_blocks
     from llmq.pairs import NoPair, find_pairs
-    from llmq.topology import input_groups, linears
-    from tests.tiny import tiny_model
+    from tests.tiny import taken_apart
 
-    model = tiny_model(arch)
-    _, blocks = find_blocks(model)
-    ids = torch.arange(3, 19)[None]
-    captured = capture(model, lambda batch: model.base_model(input_ids=batch, use_cache=False), [ids])
-    call, hidden = captured.calls[0][0], captured.hidden[0]
-    groups = input_groups(blocks[0], call, hidden, list(linears(blocks[0])))
     found, missing = [], []
-    for pair in find_pairs(blocks[0], call, hidden, groups):
+    for pair in find_pairs(*taken_apart(arch)):
         consumers = " ".join(_short(name) for name in pair.consumers)
         if isinstance(pair, NoPair):
             missing.append(f"{consumers}: {pair.reason}")

@@ -64,6 +64,9 @@ def test_quantize_evaluate_generate(source: Path, tmp_path: Path) -> None:
     assert len(report["layers"]) == 28
     done = run("evaluate", source / "model", tmp_path / "out", *common, "--window", 64, "--limit", 4)
     first, second = last(done)
+    told = last(run("evaluate", tmp_path / "out", "--against", source / "model", *common, "--window", 64, "--limit", 4))
+    assert told["kl"] > 0
+    assert 0 < told["top1"] < 1
     assert {"model", "perplexity", "stderr", "tokens", "window", "dataset", "dtype", "seconds"} <= set(first)
     assert first["perplexity"] != second["perplexity"]
     assert "to the first" in done.stdout
@@ -83,7 +86,7 @@ def test_models_of_other_contexts_and_odd_names_are_told_apart(source: Path, tmp
     first, second = last(done)
     assert "compare bits/byte" in done.stdout
     assert "run[v2]{1}" in done.stdout.replace("\n", "")
-    assert first["window"], second["window"] == (128, 64)
+    assert (first["window"], second["window"]) == (128, 64)
     assert "to_first" not in second
     assert first["speed"]["prompt_tokens"] + first["speed"]["new_tokens"] == 64
     assert second["speed"]["weight_bytes"] == first["speed"]["weight_bytes"] > 0

@@ -11,13 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmq.blocks import Call, capture, find_blocks
+from llmq.blocks import Call
 from llmq.pairs import NoPair, Pair, find_pairs, scale_consumer, scale_producer
-from llmq.topology import input_groups, linears
-from tests.tiny import ARCHITECTURES, HIDDEN, INTERMEDIATE, VOCAB, tiny_model
+from tests.tiny import ARCHITECTURES, HIDDEN, INTERMEDIATE, taken_apart
 
 ROOT = Path(__file__).resolve().parent.parent
-IDS = torch.randint(3, VOCAB, (1, 16), generator=torch.Generator().manual_seed(1))
 
 LLAMA = {
     "input_layernorm": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
@@ -70,14 +68,6 @@ EXPECTED = {
         "self_attention.query_key_value": "self_attention.dense",
     },
 }
-
-
-def taken_apart(arch: str, index: int = 0) -> tuple[nn.Module, Call, Tensor, list[tuple[str, ...]]]:
-    model = tiny_model(arch)
-    _, blocks = find_blocks(model)
-    captured = capture(model, lambda ids: model.base_model(input_ids=ids, use_cache=False), [IDS])
-    call, hidden = captured.calls[index][0], captured.hidden[0]
-    return blocks[index], call, hidden, input_groups(blocks[index], call, hidden, list(linears(blocks[index])))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

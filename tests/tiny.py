@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from llmq.blocks import Call, capture, find_blocks
+from llmq.topology import input_groups, linears
+
 VOCAB = 128
 HIDDEN = 64
 INTERMEDIATE = 128
@@ -116,3 +119,13 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
             parameter.copy_(noise * 0.5)
         else:
             parameter.copy_(noise / math.sqrt(parameter.shape[-1]))
+
+
+def taken_apart(arch: str, index: int = 0) -> tuple[torch.nn.Module, Call, torch.Tensor, list[tuple[str, ...]]]:
+    """A block of `tiny_model(arch)`, how the model calls it on 16 tokens, its input, and its linears by shared input."""
+    model = tiny_model(arch)
+    _, blocks = find_blocks(model)
+    ids = torch.randint(3, VOCAB, (1, 16), generator=torch.Generator().manual_seed(1))
+    captured = capture(model, lambda batch: model.base_model(input_ids=batch, use_cache=False), [ids])
+    call, hidden = captured.calls[index][0], captured.hidden[0]
+    return blocks[index], call, hidden, input_groups(blocks[index], call, hidden, list(linears(blocks[index])))

@@ -29,6 +29,7 @@ from llmq.core.quantized import QuantizedWeight
 from llmq.errors import LlmqError
 from llmq.eval.models import context_length
 from llmq.formats import compressed_tensors as ct
+from llmq.heldout import few_tokens_notes
 from llmq.pipeline import Step, quantize_blocks
 from llmq.plan import Plan, make_plan
 from llmq.report import FILE, Report, peak_rss_bytes
@@ -87,7 +88,11 @@ def quantize(
             checkpoint_bytes=sum(spec.nbytes for spec in specs.values()),
             calibration=told,
             fallbacks=tuple(f"{row.name}: {note}" for row in rows for note in row.notes),
-            notes=(*opened.notes, *(told.pop("notes") if told else ())),
+            notes=(
+                *opened.notes,
+                *(told.pop("notes") if told else ()),
+                *few_tokens_notes((row.shape[1], row.tokens, row.gap) for row in rows),
+            ),
             versions=_versions(),
             layers=tuple(rows),
             pairs=tuple(pairs),

@@ -14,6 +14,7 @@ from llmq.config import QuantConfig, method
 from llmq.core.grid import Grid, clipped_share
 from llmq.core.quantized import QuantizedWeight
 from llmq.errors import LlmqError
+from llmq.heldout import Holdout
 from llmq.methods import rounding
 from llmq.methods.base import Rounded, Target, output_error
 from llmq.methods.rtn import rtn
@@ -34,7 +35,8 @@ class LinearReport:
 
     error: ||(W - Q) X||^2 / ||W X||^2 on the calibration inputs (on the weights alone for a data-free method);
     rtn_error: the same of plain round-to-nearest with min-max scales; ends: share of codes at either end of the range;
-    clipped: share of weights outside it; tokens: tokens in the Hessian; seconds: observing and rounding.
+    clipped: share of weights outside it; tokens: tokens in the Hessian; seconds: observing and rounding; gap: held-out over
+    fitted error, where tokens are few (`llmq.heldout`).
     """
 
     name: str
@@ -48,6 +50,7 @@ class LinearReport:
     tokens: int
     seconds: float
     notes: tuple[str, ...]
+    gap: float | None = None
 
 
 class BlockWork:
@@ -71,6 +74,8 @@ class BlockWork:
         self._planned = plan.of_block(name)
         self._linears = linears(block)
         self._moment: SecondMoment | None = None
+        self._holdout: Holdout | None = None
+        self._sizes = 0, 1  # tokens in all calibration windows, and in one
         self._since = time.perf_counter()
 
     def groups(self, probe: Call, few: Tensor) -> list[tuple[str, ...]]:
@@ -129,6 +134,7 @@ class BlockWork:
                 self._round(group, None, 0)
             return hidden
         gates = [self._linears[group[0]] for group in groups]
+        self._sizes = sum(x[..., 0].numel() for x in hidden), hidden[0].shape[-2]
         return walk(self._block, calls, hidden, gates, self._see, lambda g: self._change(groups[g]))
 
     def _target(self, grid: Grid) -> Target:
@@ -138,12 +144,16 @@ class BlockWork:
     def _see(self, gate: int, x: Tensor) -> None:
         if self._moment is None:
             self._moment = SecondMoment(x.shape[-1], x.device)
+            self._holdout = Holdout(x.shape[-1], *self._sizes, x.device)
         self._moment.add(x)
+        assert self._holdout is not None
+        self._holdout.add(x)
 
     def _change(self, group: Sequence[str]) -> None:
         assert self._moment is not None
         moment, self._moment = self._moment, None
         self._round(group, moment.value(f"{self._name}.{group[0]}"), moment.tokens)
+        self._holdout = None
 
     def _round(self, group: Sequence[str], hessian: Tensor | None, tokens: int) -> None:
         """Round the linears of one input group, one stacked weight per grid, and write them back."""
@@ -156,6 +166,7 @@ class BlockWork:
                 plain = replace(target, scales="minmax")
                 is_plain = self._config.method == "rtn" and target == plain
                 baseline = rounded if is_plain else rtn(weight, None, plain)
+                gap = self._gap(names[0], weight, hessian, tokens, target)
             except LlmqError as error:
                 raise LlmqError(f"{self._name}.{names[0]}: {error}") from error
             now = time.perf_counter()
@@ -163,8 +174,15 @@ class BlockWork:
             start = 0
             for name in names:
                 rows = slice(start, start + self._planned[name].shape[0])
-                self._finish(name, weight[rows], rounded, baseline.weight, rows, hessian, tokens, seconds)
+                self._finish(name, weight[rows], rounded, baseline.weight, rows, hessian, tokens, seconds, gap)
                 start = rows.stop
+
+    def _gap(self, name: str, weight: Tensor, hessian: Tensor | None, tokens: int, target: Target) -> float | None:
+        if self._holdout is None or hessian is None:
+            return None
+        return self._holdout.gap(
+            f"{self._name}.{name}", weight, hessian, tokens, lambda w, h: self._rounding(w, h, target).weight
+        )
 
     def _finish(
         self,
@@ -176,6 +194,7 @@ class BlockWork:
         hessian: Tensor | None,
         tokens: int,
         seconds: float,
+        gap: float | None,
     ) -> None:
         planned, linear = self._planned[name], self._linears[name]
         codes = rounded.weight.rows(rows.start, rows.stop)
@@ -193,6 +212,7 @@ class BlockWork:
                 tokens,
                 seconds,
                 notes,
+                gap,
             )
         )
         linear.weight.data.copy_(codes.dequantize(linear.weight.dtype))

@@ -5,7 +5,7 @@ Predicted peak memory is the sum of what is alive at the worst moment, each part
     process       this process as it stands, libraries loaded
     outer         embeddings, final norm, output head
     block         the largest block, twice: as loaded, and as the float32 weight being rounded
-    moments       three K x K float32 matrices for the widest input (sum, Hessian, factor)
+    moments       three K x K float32 matrices for the widest input (sum, Hessian, factor), five where tokens are few for it
     activations   the blocks' inputs and outputs for every calibration token
     inside        what suspended forwards hold inside the block (at most `walk.PAUSED_BYTES`)
 """
@@ -21,6 +21,7 @@ from torch import nn
 
 from llmq.formats import compressed_tensors as ct
 from llmq.formats.compressed_tensors import TensorSpec
+from llmq.heldout import few
 from llmq.plan import Plan, Planned
 from llmq.report import peak_rss_bytes
 from llmq.walk import PAUSED_BYTES
@@ -111,7 +112,7 @@ def _memory(source: Source, plan: Plan, tokens: int) -> dict[str, int]:
         "process": peak_rss_bytes() or 0,
         "outer": outer,
         "block": 2 * largest,
-        "moments": 3 * 4 * wide * wide if tokens else 0,
+        "moments": (5 if few(tokens, wide) else 3) * 4 * wide * wide if tokens else 0,
         "activations": 2 * tokens * hidden * size,
         "inside": held if held <= PAUSED_BYTES else 0,
     }

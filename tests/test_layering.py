@@ -22,6 +22,7 @@ EDGES: dict[str, set[str]] = {
     "walk": {"blocks"},
     "statistics": set(),
     "topology": {"blocks"},
+    "heldout": {"core", "methods", "statistics"},
     "calibration": {"eval"},
     "demo": set(),
     "plan": {"blocks", "core", "formats"},
@@ -29,7 +30,7 @@ EDGES: dict[str, set[str]] = {
     "pairs": {"blocks", "twin"},
     "transforms": {"core", "methods", "pairs", "statistics"},
     "blockwork": {
-        *("blocks", "core", "methods", "pairs", "plan", "statistics"),
+        *("blocks", "core", "heldout", "methods", "pairs", "plan", "statistics"),
         *("topology", "transforms", "walk"),
     },
     "pipeline": {"blocks", "blockwork", "core", "pairs", "plan", "transforms"},
@@ -37,9 +38,9 @@ EDGES: dict[str, set[str]] = {
     "linear": {"kernels", "formats", "core"},
     "hf": {"linear", "checkpoint", "formats", "blocks", "core", "demo"},
     "report": {"blockwork", "transforms"},
-    "sizing": {"walk", "formats", "plan", "report", "hf"},
+    "sizing": {"walk", "formats", "heldout", "plan", "report", "hf"},
     "api": {
-        *("blocks", "calibration", "checkpoint", "core", "eval", "formats", "hf"),
+        *("blocks", "calibration", "checkpoint", "core", "eval", "formats", "heldout", "hf"),
         *("blockwork", "pipeline", "plan", "sizing", "report", "transforms"),
     },
     "evaluation": {"api", "calibration", "eval", "hf"},

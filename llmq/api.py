@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from llmq import calibration as calibrating
 from llmq.blocks import Captured, capture
 from llmq.blockwork import LinearReport
+from llmq.calibration import Writing
 from llmq.checkpoint.writer import StagedCheckpoint
-from llmq.config import Calibration, QuantConfig, method
+from llmq.config import SELF, Calibration, QuantConfig, method
 from llmq.core.quantized import QuantizedWeight
 from llmq.errors import LlmqError
 from llmq.eval.models import context_length
@@ -33,7 +34,7 @@ from llmq.heldout import few_tokens_notes
 from llmq.pipeline import Step, quantize_blocks
 from llmq.plan import Plan, make_plan
 from llmq.report import FILE, Report, peak_rss_bytes
-from llmq.sizing import Preview, make_preview, planned_specs
+from llmq.sizing import Preview, make_preview, planned_specs, with_writing
 from llmq.transforms.base import PairReport
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def quantize(
     overwrite: bool = False,
     device: str = "auto",
     revision: str | None = None,
-    progress: Callable[[Step], None] = lambda step: None,
+    progress: Callable[[Step | Writing], None] = lambda step: None,
 ) -> Report:
     """Quantize a causal LM into a compressed-tensors checkpoint folder.
 
@@ -61,6 +62,7 @@ def quantize(
     output: the folder to make; it appears complete or not at all.
     calibration: which text (default: the built-in one), or token ids int64 [windows, tokens] used as they are. Methods
         without data take none.
+    progress: called with a `Step` as blocks are worked on, and before that with a `Writing` as the model writes its own text.
     max_shard_size: as in `save_pretrained`. device: `auto` is CUDA where there is one, else the CPU.
     Raises `LlmqError` for every broken rule, before any work where that is possible.
     """
@@ -72,9 +74,9 @@ def quantize(
         raise LlmqError(f"output must not be the source folder itself; got {output}")
     opened = open_source(source, dtype=config.dtype, device=pick_device(device), revision=revision)
     plan = make_plan(opened.model, config)
-    windows, told = _windows(opened, config, calibration)
     specs = planned_specs(opened, plan)
     with StagedCheckpoint(Path(output), specs, max_shard_size, overwrite) as staged:
+        windows, told = _windows(opened, config, calibration, progress)
         rows, pairs = _run(opened, plan, config, windows, staged, progress)
         opened.write_side_files(staged.folder, quantization_config(opened, plan, config))
         report = Report(
@@ -113,14 +115,21 @@ def preview(
 
     Of a folder only headers are read; a repo id is downloaded first, and a GGUF file is read whole.
     """
+    from llmq.hf.selftext import ROWS, how_texts_start
     from llmq.hf.source import open_source
 
     config = config or QuantConfig()
     opened = open_source(source, dtype=config.dtype, device="cpu", revision=revision)
     plan = make_plan(opened.model, config)
     calibration = calibration or Calibration()
-    tokens = calibration.num_samples * _length(opened, calibration) if method(config.method).calibrated else 0
-    return make_preview(opened, plan, tokens)
+    if not method(config.method).calibrated:
+        return make_preview(opened, plan, 0)
+    length = _length(opened, calibration)
+    made = make_preview(opened, plan, calibration.num_samples * length)
+    if calibration.dataset != SELF:
+        return made
+    how_texts_start(opened)  # refused here as it would be
+    return with_writing(made, opened, calibration.num_samples, length, ROWS)
 
 
 def load(path: str | Path, kernel: str | None = None, **kwargs: Any) -> Any:
@@ -163,7 +172,10 @@ def pick_device(device: str) -> str:
 
 
 def _windows(
-    source: Source, config: QuantConfig, calibration: Calibration | Tensor | None
+    source: Source,
+    config: QuantConfig,
+    calibration: Calibration | Tensor | None,
+    progress: Callable[[Step | Writing], None],
 ) -> tuple[Tensor, dict[str, Any] | None]:
     """Token windows [n, tokens], and what the report says of them."""
     if not method(config.method).calibrated:
@@ -173,16 +185,37 @@ def _windows(
         windows, name = calibrating.checked(calibration, source.config.get_text_config()), "token ids"
     else:
         asked = calibration or Calibration()
-        ids, corpus = calibrating.read_tokens(asked.dataset, "calibration", source.tokenizer())
-        length = _length(source, asked)
-        windows = calibrating.windows(ids, asked.num_samples, length, asked.seed)
-        name = corpus.name
+        length, name = _length(source, asked), asked.dataset
+        if name == SELF:
+            windows, note = _written(source, asked, length, progress)
+            notes.append(note)
+        else:
+            ids, _ = calibrating.read_tokens(name, "calibration", source.tokenizer())
+            windows = calibrating.windows(ids, asked.num_samples, length, asked.seed)
         if length < asked.seq_len:
             notes.append(f"calibration windows of {length} tokens, not {asked.seq_len}: the model's context")
         if len(windows) < asked.num_samples:
             notes.append(f"{len(windows)} calibration windows, not {asked.num_samples}: all that the text gives")
     count, length = windows.shape
     return windows, {"dataset": name, "windows": count, "seq_len": length, "tokens": count * length, "notes": notes}
+
+
+def _written(
+    source: Source, asked: Calibration, length: int, progress: Callable[[Step | Writing], None]
+) -> tuple[Tensor, str]:
+    """Windows that the model writes, and what that cost."""
+    from llmq.hf.selftext import how_texts_start, write_windows
+
+    began = time.perf_counter()
+    start = how_texts_start(source)
+    windows = write_windows(
+        source, start, asked.num_samples, length, asked.seed, lambda *told: progress(Writing(*told))
+    )
+    seconds = time.perf_counter() - began
+    return windows, (
+        f"the model wrote its {windows.numel()} calibration tokens itself in {seconds:.1f} s, loaded whole; "
+        f"texts begin with {start}, temperature 1, seed {asked.seed}"
+    )
 
 
 def _length(source: Source, asked: Calibration) -> int:

@@ -10,13 +10,24 @@ documents would need padding or would calibrate on few positions), a random offs
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmq.config import SELF
 from llmq.errors import LlmqError
 from llmq.eval.corpus import Corpus, Split, is_conversations, load_conversations, load_text
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Progress of a model that writes its own text: tokens written `done` of `total`; seconds left, None until some are timed."""
+
+    done: int
+    total: int
+    left: float | None
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
@@ -33,7 +44,11 @@ Conversations = list[list[dict[str, Any]]]
 
 
 def read_dataset(dataset: str, split: Split) -> Corpus | Conversations:
-    """A dataset's text, or its conversations. Raises `LlmqError` for what `llmq.eval.corpus` refuses."""
+    """A dataset's text, or its conversations. Raises `LlmqError` for what `llmq.eval.corpus` refuses, and for `self`."""
+    if dataset == SELF:
+        raise LlmqError(
+            "dataset self is what a model writes to be calibrated on: name a text to evaluate on (./self for a file)"
+        )
     return load_conversations(dataset) if is_conversations(dataset) else load_text(dataset, split)
 
 

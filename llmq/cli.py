@@ -60,7 +60,7 @@ def quantize(
     group_size: Annotated[int, typer.Option(help="columns per scale; -1: one scale per channel")] = 128,
     sym: Annotated[bool, typer.Option("--sym/--asym", help="without or with zero points")] = True,
     scales: Annotated[ScalesName | None, typer.Option(help="minmax or search [rtn: minmax, others: search]")] = None,
-    dataset: DatasetOption = "builtin",
+    dataset: Annotated[str, typer.Option(help=f"{DATASET_HELP}; self: the model writes it")] = "builtin",
     num_samples: Annotated[int, typer.Option("--num-samples", "--nsamples", help="calibration windows")] = 128,
     seq_len: Annotated[int, typer.Option("--seq-len", "--seqlen", help="tokens per window")] = 2048,
     seed: Annotated[int, typer.Option(help="which windows are drawn")] = 0,
@@ -82,7 +82,8 @@ def quantize(
     """
 
     def run() -> None:
-        from llmq.console import block_progress, make_console, print_json, print_preview, print_report
+        from llmq.console import make_console, print_json, print_preview, print_report
+        from llmq.progress import block_progress
 
         config = QuantConfig(
             method=method.value,

@@ -18,6 +18,7 @@ SCALES = ("minmax", "search")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 FALLBACK_GROUP_SIZES = (128, 64, 32)
 PER_CHANNEL = -1
+SELF = "self"  # the dataset that the model writes
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,10 @@ class Calibration:
     """Which text a calibrated method sees.
 
     dataset: `builtin` (text that ships with Python), `wikitext2`, `c4`, the path of a text file, or of a `.jsonl` file
-        whose lines hold `messages`, which go through the model's chat template.
+        whose lines hold `messages`, which go through the model's chat template; `self`: the model writes it.
     num_samples: windows used at most (all that the text gives, where it gives fewer).
     seq_len: tokens per window; every window is full.
-    seed: which windows are drawn.
+    seed: which windows are drawn, or written.
     """
 
     dataset: str = "builtin"

@@ -1,14 +1,12 @@
 """What the commands print: tables and progress on the terminal, one JSON line last. No arithmetic beyond formatting.
 
-Tables and next steps go to stdout, progress and errors to stderr. On a terminal progress is a live line; elsewhere it
-is one plain line a block, so that a log file shows where a run stands.
+Tables and next steps go to stdout, progress (of a quantization: `llmq.progress`) and errors to stderr.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,11 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from llmq.config import SELF
+
 if TYPE_CHECKING:
     from llmq.blockwork import LinearReport
     from llmq.eval.latency import Latency
     from llmq.eval.perplexity import Perplexity
-    from llmq.pipeline import Step
     from llmq.report import Report
     from llmq.sizing import Preview
     from llmq.transforms.base import PairReport
@@ -56,47 +55,6 @@ def size(count: float | None) -> str:
 
 
 @contextmanager
-def block_progress(quiet: bool) -> Iterator[Callable[[Step], None]]:
-    """Shows block i/N, the linear, the time left and the memory while open."""
-    from llmq.report import peak_rss_bytes
-
-    if quiet:
-        yield lambda step: None
-        return
-    if not sys.stderr.isatty():
-        began = time.perf_counter()
-
-        def line(step: Step) -> None:
-            if step.linear is None:
-                passed = time.perf_counter() - began
-                left = f", {passed / step.block * (step.blocks - step.block):.0f} s left" if step.block else ""
-                memory = size(peak_rss_bytes())
-                print(
-                    f"block {step.block + 1}/{step.blocks}: {passed:.0f} s{left}, {memory}", file=sys.stderr, flush=True
-                )
-
-        yield line
-        return
-    columns = (
-        TextColumn("block"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[memory]}"),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("reading", total=None, memory="")
-
-        def update(step: Step) -> None:
-            name = step.linear or "observing"
-            memory = size(peak_rss_bytes())
-            bar.update(task, total=step.blocks, completed=step.block, description=name, memory=memory)
-
-        yield update
-
-
-@contextmanager
 def window_progress(quiet: bool, label: str) -> Iterator[Callable[[int, int], None]]:
     """A bar over evaluation windows while open; silent when `quiet` or not on a terminal."""
     if quiet or not sys.stderr.isatty():
@@ -122,7 +80,8 @@ def print_report(console: Console, report: Report) -> None:
     console.print(table)
     if report.calibration:
         told = report.calibration
-        console.print(f"calibrated on {told['windows']} windows of {told['seq_len']} tokens of {told['dataset']}")
+        text = "its own writing" if told["dataset"] == SELF else told["dataset"]
+        console.print(f"calibrated on {told['windows']} windows of {told['seq_len']} tokens of {text}")
     _print_pairs(console, report)
     for note in (*report.notes, *_shortened(_gathered(report.fallbacks))):
         console.print(f"note: {note}", markup=False)

@@ -8,12 +8,15 @@ Predicted peak memory is the sum of what is alive at the worst moment, each part
     moments       three K x K float32 matrices for the widest input (sum, Hessian, factor), five where tokens are few for it
     activations   the blocks' inputs and outputs for every calibration token
     inside        what suspended forwards hold inside the block (at most `walk.PAUSED_BYTES`)
+
+or, where the model writes its own calibration text and that needs more: the process, the whole model, the cache of the
+windows that it writes at a time, and their logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -96,6 +99,28 @@ def make_preview(source: Source, plan: Plan, tokens: int) -> Preview:
         rows.append(PreviewRow(name, spec.shape, spec.nbytes, sum(s.nbytes for s in stored.values()), becomes))
     notes = [f"{row.name}: {row.note}" for row in plan.linears.values() if row.note]
     return Preview(tuple(rows), _memory(source, plan, tokens), (*source.notes, *notes))
+
+
+def with_writing(made: Preview, source: Source, count: int, length: int, rows: int) -> Preview:
+    """`made`, of a run before which the model writes `count` windows of `length` tokens, `rows` at a time."""
+    text = source.config.get_text_config(decoder=True)
+    heads = text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    kept = 2 * (getattr(text, "num_key_value_heads", None) or heads) * width  # per token and layer
+    together = min(rows, count)
+    writing = {
+        "process": made.memory["process"],
+        "model": sum({id(p): p.numel() for p in source.model.parameters()}.values()) * source.dtype.itemsize,
+        "cache": together * length * len(source) * kept * source.dtype.itemsize,
+        "logits": together * text.vocab_size * 2 * torch.float64.itemsize,
+    }
+    batches = -(-count // rows)
+    note = (
+        f"the model writes {count * length} calibration tokens first, loaded whole: {batches * (length - 1)} forwards of up to "
+        f"{together} tokens; how long they take is measured, and said, as they begin"
+    )
+    memory = writing if sum(writing.values()) > made.peak else made.memory
+    return replace(made, memory=memory, notes=(*made.notes, note))
 
 
 def _memory(source: Source, plan: Plan, tokens: int) -> dict[str, int]:

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from llmq.cli import guarded, open_named
-from llmq.console import block_progress, make_console, print_json, print_perplexities, window_progress
+from llmq.console import make_console, print_json, print_perplexities, window_progress
+from llmq.progress import block_progress
 
 OUT = Path("demo-out")
 WINDOWS, SEQ_LEN, EVALUATED = 16, 512, 12

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -114,6 +115,22 @@ def test_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
     assert "int4 g32" in done.stdout
 
 
+def test_the_model_writes_its_own_calibration_text(source: Path, tmp_path: Path) -> None:
+    asked = (source / "model", "--dataset", "self", "--num-samples", 4, "--seq-len", 64, "--group-size", 32)
+    done = run("quantize", *asked, "-o", tmp_path / "out")
+    lines = done.stderr.splitlines()
+    assert lines[0] == "the model writes 256 calibration tokens first; timing it"
+    assert re.fullmatch(r"wrote \d+ of 256 calibration tokens, about \d+ s left", lines[1])
+    assert "calibrated on 4 windows of 64 tokens of its own writing" in done.stdout
+    told = last(done)
+    assert told["calibration"]["dataset"] == "self"
+    assert any("wrote its 256 calibration tokens itself" in note for note in told["notes"])
+    assert run("quantize", *asked, "-o", tmp_path / "quiet", "--quiet").stderr == ""
+    done = run("quantize", *asked, "-o", tmp_path / "dry", "--dry-run")
+    assert "the model writes 256 calibration tokens first" in done.stdout
+    assert not (tmp_path / "dry").exists()
+
+
 BAD = [
     (("quantize", "/nowhere/model"), "no such folder"),
     (("quantize", "MODEL", "--group-size", 48), "group_size must divide"),
@@ -121,6 +138,13 @@ BAD = [
     (("quantize", "MODEL", "--ignore", "re:nothing"), "matches no linear"),
     (("quantize", "MODEL", "--group-size", 32, "--seq-len", 128, "--dataset", "SHORT"), "the text has 2 tokens"),
     (("quantize", "MODEL", "--group-size", 32, "--dataset", "/nowhere.txt"), "/nowhere.txt"),
+    (
+        ("quantize", "MODEL", "--group-size", 32, "--dataset", "BROKEN"),
+        "broken.jsonl, line 2: not an object with messages",
+    ),
+    (("quantize", "BARE", "--group-size", 32, "--dataset", "self"), "dataset self needs the model's tokenizer"),
+    (("quantize", "MODEL", "--method", "rtn", "--dataset", "self"), "rtn takes no calibration text"),
+    (("evaluate", "MODEL", "--dataset", "self"), "name a text to evaluate on"),
     (("evaluate", "/nowhere/model"), "no such folder"),
     (("quantize", "MODEL", "--method", "rtn", "--group-size", 32, "--seed", 1), "rtn takes no calibration text"),
     (("generate", "MODEL", "--prompt", " "), "the prompt is empty"),
@@ -132,7 +156,11 @@ BAD = [
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda value: str(value)[:40])
 def test_bad_input_is_one_line_and_status_2(source: Path, tmp_path: Path, arguments, message: str) -> None:  # type: ignore[no-untyped-def]
     (tmp_path / "short.txt").write_text("w1 w2")
-    names = {"MODEL": source / "model", "SHORT": tmp_path / "short.txt"}
+    (tmp_path / "broken.jsonl").write_text('{"messages": [{"role": "user", "content": "w1"}]}\n{"messages": [')
+    names = {"MODEL": source / "model", "SHORT": tmp_path / "short.txt", "BROKEN": tmp_path / "broken.jsonl"}
+    if "BARE" in arguments:
+        names["BARE"] = tmp_path / "bare"
+        tiny_model("llama", layers=1).save_pretrained(names["BARE"])
     for name in {"FOREIGN", "DUMB"} & set(map(str, arguments)):
         names[name] = tmp_path / name
         made = llmq.quantize(tiny_model("llama"), names[name], llmq.QuantConfig("rtn", group_size=32))

@@ -45,7 +45,8 @@ EDGES: dict[str, set[str]] = {
     },
     "evaluation": {"api", "calibration", "eval", "hf"},
     "console": {"blockwork", "eval", "pipeline", "sizing", "report", "transforms"},
-    "cli": {"api", "console", "demo", "evaluation", "hf"},
+    "progress": {"calibration", "console", "pipeline", "report"},
+    "cli": {"api", "console", "demo", "evaluation", "hf", "progress"},
     "__init__": {"api"},
 }
 OPEN = {"errors", "config"}

@@ -16,7 +16,7 @@ from llmq.core.quantized import QuantizedWeight
 from llmq.errors import LlmqError
 from llmq.heldout import Holdout
 from llmq.methods import rounding
-from llmq.methods.base import Rounded, Target, output_error
+from llmq.methods.base import Rounded, Target, output_errors
 from llmq.methods.rtn import rtn
 from llmq.pairs import NoPair, Pair, find_pairs
 from llmq.plan import Plan
@@ -199,14 +199,15 @@ class BlockWork:
         planned, linear = self._planned[name], self._linears[name]
         codes = rounded.weight.rows(rows.start, rows.stop)
         notes = rounded.notes if planned.note is None else (planned.note, *rounded.notes)
+        error, rtn_error = output_errors(weight, (codes, baseline.rows(rows.start, rows.stop)), hessian)
         self.reports.append(
             LinearReport(
                 planned.name,
                 planned.shape,
                 codes.bits,
                 planned.grid.group_size,
-                output_error(weight, codes, hessian),
-                output_error(weight, baseline.rows(rows.start, rows.stop), hessian),
+                error,
+                rtn_error,
                 _share_at_ends(codes),
                 clipped_share(weight, codes),
                 tokens,

@@ -166,7 +166,7 @@ def print_preview(console: Console, preview: Preview) -> None:
         shape = " x ".join(map(str, row.shape))
         table.add_row(Text(row.name), shape, size(row.before), size(row.after), row.becomes)
     console.print(table)
-    for note in preview.notes:
+    for note in _gathered(preview.notes):
         console.print(f"note: {note}", markup=False)
     share = preview.after / preview.before
     console.print(f"{size(preview.before)} becomes {size(preview.after)} ({share:.0%})")

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from llmq.core.quantized import QuantizedWeight
-from llmq.methods.base import output_error
+from llmq.methods.base import output_errors
 from llmq.statistics import SecondMoment
 
 ENOUGH = 16  # tokens per input
@@ -75,8 +75,8 @@ class Holdout:
         rows = min(ROWS, len(weight))
         some = weight[torch.arange(rows, device=weight.device) * len(weight) // rows]
         rounded = round_(some, fit)
-        fitted = output_error(some, rounded, fit)
-        return output_error(some, rounded, self._held) / fitted if fitted > 0 else None
+        fitted, held_out = (output_errors(some, (rounded,), moment)[0] for moment in (fit, self._held))
+        return held_out / fitted if fitted > 0 else None
 
 
 def few(tokens: int, features: int) -> bool:

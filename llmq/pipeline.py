@@ -33,6 +33,9 @@ from llmq.pairs import NoPair, Pair
 from llmq.plan import Plan
 from llmq.transforms.base import PairReport
 
+MAPPED = 4 << 20
+M_MMAP_THRESHOLD = -3  # malloc.h
+
 
 @dataclass(frozen=True)
 class Step:
@@ -74,6 +77,7 @@ def quantize_blocks(
     pairs: list[Pair | NoPair] = []
     hidden = captured.hidden
     count = len(plan.blocks)
+    _return_what_is_freed()
     with _exact_float32():
         for index, name in enumerate(plan.blocks):
             progress(Step(index, count, None))
@@ -86,7 +90,7 @@ def quantize_blocks(
             folded += work.folded
             sink(index, block, work.codes)
             source.release_block(index)
-            _give_back()
+            _glibc("malloc_trim", 0)
     return rows, folded
 
 
@@ -94,12 +98,20 @@ def _tell(progress: Callable[[Step], None], index: int, count: int, linear: str)
     progress(Step(index, count, linear))
 
 
-def _give_back() -> None:
-    """Return freed memory to the system: glibc keeps what tensors of less than 32 MB leave behind, block after block."""
+def _return_what_is_freed() -> None:
+    """Have every tensor of `MAPPED` bytes or more in pages of its own, which go back to the system when it is freed.
+
+    glibc raises that limit as it goes, up to 32 MB, and the heap that smaller tensors then live in is torn into pieces,
+    block after block: 1.52 GB at the most instead of 1.79 with the 3 GB Llama of 28 blocks. Lasts for the process.
+    """
+    _glibc("mallopt", M_MMAP_THRESHOLD, MAPPED)
+
+
+def _glibc(name: str, *arguments: int) -> None:
     if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
-        if trim is not None:
-            trim(0)
+        function = getattr(ctypes.CDLL(None), name, None)  # musl has none
+        if function is not None:
+            function(*arguments)
 
 
 @contextmanager

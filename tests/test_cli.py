@@ -199,3 +199,10 @@ def test_help_answers_at_once() -> None:
         run("quantize", "--help")
         times.append(time.perf_counter() - began)
     assert min(times) < 1.0
+
+
+def test_like_notes_of_a_dry_run_are_one_line(source: Path, tmp_path: Path) -> None:
+    done = run("quantize", source / "model", "-o", tmp_path / "out", "--group-size", 128, "--dry-run")
+    notes = [line for line in done.stdout.splitlines() if line.startswith("note:") and "does not divide" in line]
+    assert notes, done.stdout
+    assert all(" more: " in note for note in notes)

@@ -8,7 +8,7 @@ import torch
 from llmq.core.grid import Grid, fit, quantize
 from llmq.errors import LlmqError
 from llmq.methods import ROUNDINGS, rounding
-from llmq.methods.base import Target, output_error
+from llmq.methods.base import Target, output_errors
 from llmq.methods.gptq import gptq, inverse_factor
 from llmq.methods.scales import fit_scales, minmax, search
 
@@ -72,7 +72,7 @@ def test_gptq_beats_rtn_and_search_beats_minmax_at_every_width(bits: int, symmet
 
     def error(name: str, scales: str) -> float:
         rounded = rounding(name)(weight, hessian, target(32, symmetric, scales, bits))
-        return output_error(weight, rounded.weight, hessian)
+        return output_errors(weight, [rounded.weight], hessian)[0]
 
     assert error("gptq", "minmax") < 0.7 * error("rtn", "minmax")
     assert error("gptq", "search") < 0.7 * error("rtn", "search")

@@ -8,7 +8,7 @@ weight and taken apart afterwards: same bytes, one factorization, one loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,17 +42,25 @@ class Rounded:
     notes: tuple[str, ...] = ()
 
 
+PANEL = 512  # rows whose error is measured at a time
+
 Rounding = Callable[[Tensor, Tensor | None, Target], Rounded]
 
 
-def output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor | None) -> float:
-    """||(W - Q) X||^2 / ||W X||^2, from H = X X^T / tokens; with no Hessian, the same of the weights alone.
+def output_errors(weight: Tensor, candidates: Sequence[QuantizedWeight], hessian: Tensor | None) -> list[float]:
+    """||(W - Q) X||^2 / ||W X||^2 of each Q, from H = X X^T / tokens; with no Hessian, the same of the weights alone.
 
-    weight: float32 [N, K]; hessian: float32 [K, K]. A ratio; 0 for a weight that produces no output at all.
+    weight: float32 [N, K]; hessian: float32 [K, K]. Ratios; 0 for a weight that produces no output at all. Some rows at
+    a time, so that no second [N, K] tensor is made.
     """
-    error = weight - quantized.dequantize(torch.float32)
-    energy = _energy(weight, hessian)
-    return _energy(error, hessian) / energy if energy > 0 else 0.0
+    total, lost = 0.0, [0.0] * len(candidates)
+    for start in range(0, len(weight), PANEL):
+        rows = weight[start : start + PANEL]
+        total += _energy(rows, hessian)
+        for index, quantized in enumerate(candidates):
+            error = quantized.rows(start, start + len(rows)).dequantize(torch.float32).sub_(rows)
+            lost[index] += _energy(error, hessian)
+    return [value / total if total > 0 else 0.0 for value in lost]
 
 
 def _energy(weight: Tensor, hessian: Tensor | None) -> float:

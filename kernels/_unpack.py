@@ -86,21 +86,22 @@ def _assembled(q, z0, z1, z2, z3, DTYPE: tl.constexpr, SYMMETRIC: tl.constexpr):
     """Eight int16 tensors shaped like q, the bits of floats: the low and the high code of pairs 0 .. 3, less the zero."""
     if SYMMETRIC:
         return tl.inline_asm_elementwise(
-            asm=_F16 if tl.float16 == DTYPE else _BF16,
+            asm=_F16 if DTYPE == tl.float16 else _BF16,
             constraints="=h,=h,=h,=h,=h,=h,=h,=h,r",
             args=[q],
             dtype=(tl.int16,) * 8,
             is_pure=True,
             pack=1,
         )
-    return tl.inline_asm_elementwise(
-        asm=_F16_ZERO if tl.float16 == DTYPE else _BF16_ZERO,
-        constraints="=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r,r",
-        args=[q, z0, z1, z2, z3],
-        dtype=(tl.int16,) * 8,
-        is_pure=True,
-        pack=1,
-    )
+    else:
+        return tl.inline_asm_elementwise(
+            asm=_F16_ZERO if DTYPE == tl.float16 else _BF16_ZERO,
+            constraints="=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r,r",
+            args=[q, z0, z1, z2, z3],
+            dtype=(tl.int16,) * 8,
+            is_pure=True,
+            pack=1,
+        )
 
 
 @triton.jit
@@ -111,14 +112,15 @@ def _joined(low, high):
 
 @triton.jit
 def _portable(q, zero, p: tl.constexpr, DTYPE: tl.constexpr, SYMMETRIC: tl.constexpr):
-    magic: tl.constexpr = 0x64006400 if tl.float16 == DTYPE else 0x43004300
-    base: tl.constexpr = 1024.0 if tl.float16 == DTYPE else 128.0
+    magic: tl.constexpr = 0x64006400 if DTYPE == tl.float16 else 0x43004300
+    base: tl.constexpr = 1024.0 if DTYPE == tl.float16 else 128.0
     both = ((q >> (4 * p)) & 0x000F000F) | magic
     low = (both & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
     high = ((both >> 16) & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
     if SYMMETRIC:
         return (_joined(low, high) - (base + 8.0)).to(DTYPE)
-    return (_joined(low, high) - ((zero & 15).to(tl.float32) + base).to(DTYPE)).to(DTYPE)
+    else:
+        return (_joined(low, high) - ((zero & 15).to(tl.float32) + base).to(DTYPE)).to(DTYPE)
 
 
 @triton.jit
@@ -127,7 +129,8 @@ def _upcast(q, zero, p: tl.constexpr, SYMMETRIC: tl.constexpr):
     codes = _joined(both & 0xFFFF, both >> 16)
     if SYMMETRIC:
         return (codes - 8).to(tl.float32)
-    return (codes - (zero & 15)).to(tl.float32)
+    else:
+        return (codes - (zero & 15)).to(tl.float32)
 
 
 @triton.jit
@@ -145,19 +148,20 @@ def pairs(q, z0, z1, z2, z3, DTYPE: tl.constexpr, SYMMETRIC: tl.constexpr, FORM:
             _joined(e, f).to(DTYPE, bitcast=True),
             _joined(g, h).to(DTYPE, bitcast=True),
         )
-    if FORM == "portable":
+    elif FORM == "portable":
         return (
             _portable(q, z0, 0, DTYPE, SYMMETRIC),
             _portable(q, z1, 1, DTYPE, SYMMETRIC),
             _portable(q, z2, 2, DTYPE, SYMMETRIC),
             _portable(q, z3, 3, DTYPE, SYMMETRIC),
         )
-    return (
-        _upcast(q, z0, 0, SYMMETRIC),
-        _upcast(q, z1, 1, SYMMETRIC),
-        _upcast(q, z2, 2, SYMMETRIC),
-        _upcast(q, z3, 3, SYMMETRIC),
-    )
+    else:
+        return (
+            _upcast(q, z0, 0, SYMMETRIC),
+            _upcast(q, z1, 1, SYMMETRIC),
+            _upcast(q, z2, 2, SYMMETRIC),
+            _upcast(q, z3, 3, SYMMETRIC),
+        )
 
 
 @triton.jit

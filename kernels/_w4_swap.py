@@ -37,9 +37,10 @@ def _meta(scales, zeros, SYMMETRIC: tl.constexpr, SCALE: tl.constexpr):
     scale = _spread(low, high).to(tl.float32)
     if SYMMETRIC:
         return scale, 0
-    both = tl.load(zeros)
-    zero = _spread(both & 0xFFFF, (both >> 16) & 0xFFFF)
-    return scale, (zero | (zero << 16))[:, None]
+    else:
+        both = tl.load(zeros)
+        zero = _spread(both & 0xFFFF, (both >> 16) & 0xFFFF)
+        return scale, (zero | (zero << 16))[:, None]
 
 
 @triton.jit

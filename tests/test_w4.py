@@ -36,6 +36,22 @@ def test_the_kernels_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
+@pytest.mark.skipif(absent, reason="triton is not installed")
+def test_machine_code_is_what_was_designed() -> None:
+    """Two launches of `scripts/check_kernels.py`, which compiles all of them."""
+    code = """
+from llmq.kernels.ahead import Case, read
+from llmq.kernels.gates import failures
+from llmq.kernels.launch import Launch
+for form in ("assembly", "portable"):
+    case = Case("sm_90", "fp16", 128, True, Launch(16, 64, 4, 4, 4, form))
+    report = read(case)
+    assert not failures(case, report), (case, report, failures(case, report))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, check=True)
+
+
 def test_everything_else_works_without_triton() -> None:
     code = """
 import sys

@@ -113,7 +113,7 @@ def prepare(packed: Packed) -> Runtime:
     return Runtime(weight, pairs, rest, size, packed.rows)
 
 
-def run(x: Tensor, runtime: Runtime) -> Tensor:
+def run(x: Tensor, runtime: Runtime, bias: Tensor | None = None) -> Tensor:
     """x [M, K] -> y [M, N], both bfloat16."""
     x = x.contiguous()
     y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, runtime.weight, runtime.group_size, runtime.pairs)
@@ -123,4 +123,4 @@ def run(x: Tensor, runtime: Runtime) -> Tensor:
         groups = runtime.rest.shape[0]
         sums = x.view(x.shape[0], groups, x.shape[1] // groups).sum(-1)  # [M, G]
         y = torch.addmm(y, sums, runtime.rest)
-    return y
+    return y if bias is None else y + bias

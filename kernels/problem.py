@@ -70,5 +70,5 @@ class Kernel(Protocol):
     def prepare(self, packed: Packed) -> Any:
         """The runtime layout: what `run` needs. Made once for a weight; exact."""
 
-    def run(self, x: Tensor, runtime: Any) -> Tensor:
-        """x [M, K], M >= 0 -> y [M, N] in x's dtype."""
+    def run(self, x: Tensor, runtime: Any, bias: Tensor | None = None) -> Tensor:
+        """x [M, K], M >= 0; bias [N] in x's dtype -> y [M, N] in x's dtype."""

@@ -45,8 +45,13 @@ def prepare(packed: Packed) -> Packed:
     return packed
 
 
-def run(x: Tensor, packed: Packed) -> Tensor:
+def run(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """x [M, K] -> y [M, N] in x's dtype."""
+    y = _product(x, packed)
+    return y if bias is None else y + bias
+
+
+def _product(x: Tensor, packed: Packed) -> Tensor:
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
         sizes = (packed.rows, packed.columns, packed.bits, packed.group_size)
         y: Tensor = torch.ops.llmq.slab_linear(x, packed.weight, packed.scale, packed.zero, *sizes)
@@ -86,7 +91,7 @@ def _multiply(x: Tensor, packed: Packed) -> Tensor:
     return y
 
 
-def _multiply_back(grad: Tensor, packed: Packed) -> Tensor:
+def multiply_back(grad: Tensor, packed: Packed) -> Tensor:
     """grad [M, N] -> the gradient of x [M, K], summed over slabs in float32."""
     total = grad.new_zeros(grad.shape[0], packed.columns, dtype=torch.promote_types(grad.dtype, torch.float32))
     for rows, weight in _slabs(packed, grad.dtype):
@@ -104,7 +109,7 @@ def _forward(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, *siz
 
 @torch.library.custom_op("llmq::slab_linear_back", mutates_args=(), schema=f"(Tensor grad, {_ARGUMENTS}) -> Tensor")
 def _backward(grad: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, *sizes: int) -> Tensor:
-    return _multiply_back(grad, _packed(weight, scale, zero, *sizes))
+    return multiply_back(grad, _packed(weight, scale, zero, *sizes))
 
 
 def _packed(

@@ -26,7 +26,7 @@ from llmq.transforms import transform
 from llmq.transforms.base import PairReport, Proposal, Task
 from llmq.walk import walk
 
-SEARCH_BATCHES = 4
+SEARCH_BATCHES = 2
 
 
 @dataclass(frozen=True)

@@ -81,9 +81,7 @@ class QuantLinear(nn.Module):
             raise LlmqError(f"the input must end in {self.in_features} features; got {list(x.shape)}")
         flat = x.reshape(-1, self.in_features)  # [M, K]
         kernel = self._kernel(x.dtype, flat.shape[0], torch.is_grad_enabled() and x.requires_grad)
-        y = kernel.run(flat, self._layout(kernel))
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype)
+        y = kernel.run(flat, self._layout(kernel), None if self.bias is None else self.bias.to(x.dtype))
         return y.view(*x.shape[:-1], self.out_features)
 
     def ready(self, dtype: torch.dtype, rows: int = 1) -> None:

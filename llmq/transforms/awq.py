@@ -33,8 +33,8 @@ from llmq.transforms.base import PairReport, Proposal, Round, Task
 
 ROWS = 128
 RATIO_STEP = 3  # while candidates are compared, every third ratio of the scale search is tried
-EXPONENTS = tuple(step / 10 for step in range(1, 10))
-FINER = ((-0.05, 0.0), (0.05, 0.0), (0.0, -0.1), (0.0, 0.1), (-0.05, -0.1), (0.05, 0.1), (-0.05, 0.1), (0.05, -0.1))
+EXPONENTS = (0.1, 0.3, 0.5, 0.7, 0.9)
+FINER = tuple((a, b) for a in (-0.1, 0.0, 0.1) for b in (-0.1, 0.0, 0.1) if a or b)
 LOSS_OF_PRECISION = 0.01  # of a folded tensor's norm: rounding to bfloat16 loses 0.002
 
 
@@ -56,12 +56,11 @@ def awq(block: nn.Module, pair: Pair, observed: Observed, task: Task) -> Proposa
     none = Scales(torch.ones_like(observed.mean))
 
     def score(scales: Scales) -> float:
-        moment = _of_scaled(observed.fit, scales.factors)
-        return sum(consumer.error(scales.factors, moment, task.dtype) for consumer in consumers)
+        return sum(consumer.error(scales.factors, observed.fit, task.dtype) for consumer in consumers)
 
     def judge(scales: Scales) -> float:
-        fit, held = (_of_scaled(moment, scales.factors) for moment in (observed.fit, observed.held))
-        return sum(consumer.real_error(scales.factors, fit, held, task.round) for consumer in consumers)
+        fit = observed.fit / (scales.factors * scales.factors.unsqueeze(1))  # of inputs over factors
+        return sum(consumer.real_error(scales.factors, fit, observed.held, task.round) for consumer in consumers)
 
     found = {none: score(none)}
     salience = torch.stack([consumer.mean for consumer in consumers]).mean(0)
@@ -94,24 +93,19 @@ class _Consumer:
         self._share = len(weight) / count
 
     def error(self, factors: Tensor, moment: Tensor, dtype: torch.dtype) -> float:
-        """tr(E H E^T), estimated from some rows. moment: H of the inputs over `factors`; dtype: of scales."""
+        """tr(E H E^T), estimated from some rows. moment: H of the inputs as they are; dtype: of scales."""
         scaled = self._weight * factors
-        found = search(scaled, self._grid, dtype, moment.diagonal(), RATIO_STEP)
-        return self._lost(scaled, quantize(scaled, *found, self._grid), moment)
+        found = search(scaled, self._grid, dtype, moment.diagonal() / factors.square(), RATIO_STEP)
+        return self._lost(scaled, quantize(scaled, *found, self._grid), factors, moment)
 
     def real_error(self, factors: Tensor, fit: Tensor, held: Tensor, round_: Round) -> float:
-        """The same, rounded against `fit` by the method that follows and judged by `held`."""
+        """The same judged by `held`, rounded by the method that follows against `fit`, H of the inputs over `factors`."""
         scaled = self._weight * factors
-        return self._lost(scaled, round_(scaled, fit, self._grid), held)
+        return self._lost(scaled, round_(scaled, fit, self._grid), factors, held)
 
-    def _lost(self, scaled: Tensor, rounded: QuantizedWeight, moment: Tensor) -> float:
-        lost = rounded.dequantize(torch.float32) - scaled
+    def _lost(self, scaled: Tensor, rounded: QuantizedWeight, factors: Tensor, moment: Tensor) -> float:
+        lost = rounded.dequantize(torch.float32).sub_(scaled).div_(factors)
         return self._share * float((lost @ moment * lost).sum(dtype=torch.float64))
-
-
-def _of_scaled(moment: Tensor, factors: Tensor) -> Tensor:
-    """The second moment [K, K] of inputs divided by `factors` [K]."""
-    return moment / (factors * factors.unsqueeze(1))
 
 
 class _Candidates:

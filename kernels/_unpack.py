@@ -1,0 +1,177 @@
+"""Device code: int32 words of the runtime layout (`llmq.kernels.layout`) -> code - zero point, in registers.
+
+A word holds four pairs of codes; pair p is bits 4p .. 4p+3 and 16+4p .. 16+4p+3, neighbours along K, which is how a tensor
+core's register holds two 16-bit operands: a pair is made in place, for both codes at once, and never moves.
+
+Integers become floats without a conversion instruction: 0x6400 | n is the float16 1024 + n, 0x4300 | n the bfloat16
+128 + n, both exact for codes of 4 bits, and so is the difference to 1024 + zero or 128 + zero. Three forms:
+
+    assembly    NVIDIA. float16 takes the high pairs without a shift: 0x6400 | 16 n = 1024 + 16 n, times 1/16, less 64 + zero.
+                bfloat16 has 7 bits of mantissa, too few for that, and sm_80 no bfloat16 subtraction: a shift and an fma
+    portable    plain integer Triton: AMD and the interpreter, which runs no assembly
+    upcast      float32, for bfloat16 in the interpreter, which computes with the bit patterns of bfloat16
+
+All give the same integers, so that the form never changes a result.
+"""
+
+import triton
+import triton.language as tl
+
+_F16 = tl.constexpr(
+    """{
+    .reg .b32 s, v<4>, half, low, high;
+    mov.b32 half, 0x2C002C00; mov.b32 low, 0x64086408; mov.b32 high, 0xD480D480;
+    shr.u32 s, $8, 8;
+    lop3.b32 v0, $8, 0x000F000F, 0x64006400, 0xEA;
+    lop3.b32 v1, $8, 0x00F000F0, 0x64006400, 0xEA;
+    lop3.b32 v2, s, 0x000F000F, 0x64006400, 0xEA;
+    lop3.b32 v3, s, 0x00F000F0, 0x64006400, 0xEA;
+    sub.f16x2 v0, v0, low; sub.f16x2 v2, v2, low;
+    fma.rn.f16x2 v1, v1, half, high; fma.rn.f16x2 v3, v3, half, high;
+    mov.b32 {$0,$1}, v0; mov.b32 {$2,$3}, v1; mov.b32 {$4,$5}, v2; mov.b32 {$6,$7}, v3;
+    }"""
+)
+# $9 .. $12: the zero points of pairs 0 .. 3, each in both halves.
+_F16_ZERO = tl.constexpr(
+    """{
+    .reg .b32 s, v<4>, z<4>, half;
+    mov.b32 half, 0x2C002C00;
+    or.b32 z0, $9, 0x64006400; or.b32 z2, $11, 0x64006400;
+    shl.b32 z1, $10, 4; or.b32 z1, z1, 0xD400D400;
+    shl.b32 z3, $12, 4; or.b32 z3, z3, 0xD400D400;
+    shr.u32 s, $8, 8;
+    lop3.b32 v0, $8, 0x000F000F, 0x64006400, 0xEA;
+    lop3.b32 v1, $8, 0x00F000F0, 0x64006400, 0xEA;
+    lop3.b32 v2, s, 0x000F000F, 0x64006400, 0xEA;
+    lop3.b32 v3, s, 0x00F000F0, 0x64006400, 0xEA;
+    sub.f16x2 v0, v0, z0; sub.f16x2 v2, v2, z2;
+    fma.rn.f16x2 v1, v1, half, z1; fma.rn.f16x2 v3, v3, half, z3;
+    mov.b32 {$0,$1}, v0; mov.b32 {$2,$3}, v1; mov.b32 {$4,$5}, v2; mov.b32 {$6,$7}, v3;
+    }"""
+)
+_BF16 = tl.constexpr(
+    """{
+    .reg .b32 s<3>, v<4>, one, low;
+    mov.b32 one, 0x3F803F80; mov.b32 low, 0xC308C308;
+    shr.u32 s0, $8, 4; shr.u32 s1, $8, 8; shr.u32 s2, $8, 12;
+    lop3.b32 v0, $8, 0x000F000F, 0x43004300, 0xEA;
+    lop3.b32 v1, s0, 0x000F000F, 0x43004300, 0xEA;
+    lop3.b32 v2, s1, 0x000F000F, 0x43004300, 0xEA;
+    lop3.b32 v3, s2, 0x000F000F, 0x43004300, 0xEA;
+    fma.rn.bf16x2 v0, v0, one, low; fma.rn.bf16x2 v1, v1, one, low;
+    fma.rn.bf16x2 v2, v2, one, low; fma.rn.bf16x2 v3, v3, one, low;
+    mov.b32 {$0,$1}, v0; mov.b32 {$2,$3}, v1; mov.b32 {$4,$5}, v2; mov.b32 {$6,$7}, v3;
+    }"""
+)
+_BF16_ZERO = tl.constexpr(
+    """{
+    .reg .b32 s<3>, v<4>, z<4>, one;
+    mov.b32 one, 0x3F803F80;
+    or.b32 z0, $9, 0xC300C300; or.b32 z1, $10, 0xC300C300;
+    or.b32 z2, $11, 0xC300C300; or.b32 z3, $12, 0xC300C300;
+    shr.u32 s0, $8, 4; shr.u32 s1, $8, 8; shr.u32 s2, $8, 12;
+    lop3.b32 v0, $8, 0x000F000F, 0x43004300, 0xEA;
+    lop3.b32 v1, s0, 0x000F000F, 0x43004300, 0xEA;
+    lop3.b32 v2, s1, 0x000F000F, 0x43004300, 0xEA;
+    lop3.b32 v3, s2, 0x000F000F, 0x43004300, 0xEA;
+    fma.rn.bf16x2 v0, v0, one, z0; fma.rn.bf16x2 v1, v1, one, z1;
+    fma.rn.bf16x2 v2, v2, one, z2; fma.rn.bf16x2 v3, v3, one, z3;
+    mov.b32 {$0,$1}, v0; mov.b32 {$2,$3}, v1; mov.b32 {$4,$5}, v2; mov.b32 {$6,$7}, v3;
+    }"""
+)
+
+
+@triton.jit
+def _assembled(q, z0, z1, z2, z3, DTYPE: tl.constexpr, SYMMETRIC: tl.constexpr):
+    """Eight int16 tensors shaped like q, the bits of floats: the low and the high code of pairs 0 .. 3, less the zero."""
+    if SYMMETRIC:
+        return tl.inline_asm_elementwise(
+            asm=_F16 if DTYPE == tl.float16 else _BF16,
+            constraints="=h,=h,=h,=h,=h,=h,=h,=h,r",
+            args=[q],
+            dtype=(tl.int16,) * 8,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            asm=_F16_ZERO if DTYPE == tl.float16 else _BF16_ZERO,
+            constraints="=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r,r",
+            args=[q, z0, z1, z2, z3],
+            dtype=(tl.int16,) * 8,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def _joined(low, high):
+    """[N, W] and [N, W] -> [N, 2 W], alternating."""
+    return tl.reshape(tl.join(low, high), (low.shape[0], 2 * low.shape[1]))
+
+
+@triton.jit
+def _portable(q, zero, p: tl.constexpr, DTYPE: tl.constexpr, SYMMETRIC: tl.constexpr):
+    magic: tl.constexpr = 0x64006400 if DTYPE == tl.float16 else 0x43004300
+    base: tl.constexpr = 1024.0 if DTYPE == tl.float16 else 128.0
+    both = ((q >> (4 * p)) & 0x000F000F) | magic
+    low = (both & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
+    high = ((both >> 16) & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
+    if SYMMETRIC:
+        return (_joined(low, high) - (base + 8.0)).to(DTYPE)
+    else:
+        return (_joined(low, high) - ((zero & 15).to(tl.float32) + base).to(DTYPE)).to(DTYPE)
+
+
+@triton.jit
+def _upcast(q, zero, p: tl.constexpr, SYMMETRIC: tl.constexpr):
+    both = (q >> (4 * p)) & 0x000F000F
+    codes = _joined(both & 0xFFFF, both >> 16)
+    if SYMMETRIC:
+        return (codes - 8).to(tl.float32)
+    else:
+        return (codes - (zero & 15)).to(tl.float32)
+
+
+@triton.jit
+def pairs(q, z0, z1, z2, z3, DTYPE: tl.constexpr, SYMMETRIC: tl.constexpr, FORM: tl.constexpr):
+    """Words q [N, 16] of one tile -> its four runs of 32 columns, each [N, 32], less the zero point.
+
+    z0 .. z3: the runs' zero points, int32 [N, 1], each in both halves; not read when SYMMETRIC.
+    FORM: "assembly", "portable" or "upcast".
+    """
+    if FORM == "assembly":
+        a, b, c, d, e, f, g, h = _assembled(q, z0, z1, z2, z3, DTYPE, SYMMETRIC)
+        return (
+            _joined(a, b).to(DTYPE, bitcast=True),
+            _joined(c, d).to(DTYPE, bitcast=True),
+            _joined(e, f).to(DTYPE, bitcast=True),
+            _joined(g, h).to(DTYPE, bitcast=True),
+        )
+    elif FORM == "portable":
+        return (
+            _portable(q, z0, 0, DTYPE, SYMMETRIC),
+            _portable(q, z1, 1, DTYPE, SYMMETRIC),
+            _portable(q, z2, 2, DTYPE, SYMMETRIC),
+            _portable(q, z3, 3, DTYPE, SYMMETRIC),
+        )
+    else:
+        return (
+            _upcast(q, z0, 0, SYMMETRIC),
+            _upcast(q, z1, 1, SYMMETRIC),
+            _upcast(q, z2, 2, SYMMETRIC),
+            _upcast(q, z3, 3, SYMMETRIC),
+        )
+
+
+@triton.jit
+def beside(left, right):
+    """[N, W] and [N, W] -> [N, 2 W], the one after the other, within a thread's registers."""
+    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (left.shape[0], 2 * left.shape[1]))
+
+
+@triton.jit
+def beside4(a, b, c, d):
+    """Four times [N, W] -> [N, 4 W]."""
+    joined = tl.join(tl.join(a, b), tl.join(c, d))
+    return tl.reshape(tl.permute(joined, (0, 3, 2, 1)), (a.shape[0], 4 * a.shape[1]))

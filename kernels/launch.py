@@ -1,0 +1,131 @@
+"""(problem, device) -> launch configuration of the few-rows kernel: a pure function on numbers and names.
+
+A measured table decides where there is one for the device; else the rules below, which count and do not measure. Nothing
+is tuned at run time. A table is a JSON file in `kernels/tuned/`:
+
+    {"arch": "sm_90", "processors": 132, "device": "NVIDIA H100 ...", "measured": "date, versions, command",
+     "rows": [{"dtype": "float16", "group": 128, "bucket": 16, "n": 4096, "k": 4096,
+               "bn": 64, "warps": 4, "stages": 4, "split": 4, "us": 5.1}, ...]}
+
+The nearest row: of the same dtype, group and bucket, the one with the least |log2 n'/n| + |log2 k'/k|, at most 2 (sizes
+within a factor of 4 in all); ties go to the larger n, then k. It must also fit: bn divides the padded N, and every part
+of a split has a tile. `group` 0 is per channel.
+
+The rules, where nothing was measured. bm: the bucket. bn: 128 where that still gives every processor a block, for fewer
+instructions a weight; else 64. split: doubled while blocks fill less than two on each processor and every part keeps
+`LEAST_TILES` tiles. Left out: more than 4 warps below bm 64 (registers suffice), a form of unpacking other than by vendor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import log2
+from pathlib import Path
+from typing import Any
+
+BUCKETS = (8, 16, 32, 64)
+LEAST_TILES = 4
+MOST_SPLIT = 16
+FARTHEST = 2.0
+TUNED = Path(__file__).resolve().parent / "tuned"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How w4_swap is launched. bm, bn: rows of x and of the weight in a block. split: parts of K. form: of unpacking."""
+
+    bm: int
+    bn: int
+    warps: int
+    stages: int
+    split: int
+    form: str
+
+    def __str__(self) -> str:
+        return f"bm{self.bm} bn{self.bn} split{self.split} stages{self.stages} warps{self.warps} {self.form}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measured configuration of one shape."""
+
+    dtype: str
+    group: int
+    bucket: int
+    n: int
+    k: int
+    bn: int
+    warps: int
+    stages: int
+    split: int
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a configuration depends on. arch: sm_90, gfx942, ... or `interpreter`. processors: SMs or compute units."""
+
+    arch: str
+    processors: int
+
+
+def bucket(rows: int) -> int:
+    """The block that M rows of x are padded to; M beyond the last takes several."""
+    return next((size for size in BUCKETS if rows <= size), BUCKETS[-1])
+
+
+def configure(device: Device, dtype: str, group: int, rows: int, n: int, k: int, table: Sequence[Row] = ()) -> Launch:
+    """The configuration for x [rows, k] of `dtype` and a weight [n, k]. group: columns per scale, 0 per channel."""
+    if rows < 1:
+        raise ValueError(f"there is nothing to launch for {rows} rows")
+    size, tiles, form = bucket(rows), -(-k // 128), form_of(device.arch, dtype)
+    found = nearest(table, dtype, group, size, n, k)
+    if found is not None:
+        return Launch(size, found.bn, found.warps, found.stages, found.split, form)
+    row_tiles, down = -(-n // 64), -(-rows // size)
+    wide = row_tiles % 2 == 0 and row_tiles // 2 * down >= device.processors
+    blocks = (row_tiles // 2 if wide else row_tiles) * down
+    split = 1
+    while split < MOST_SPLIT and blocks * split < 2 * device.processors and tiles >= 2 * split * LEAST_TILES:
+        split *= 2
+    return Launch(size, 128 if wide else 64, 8 if wide and size == 64 else 4, _stages(device.arch), split, form)
+
+
+def nearest(table: Sequence[Row], dtype: str, group: int, size: int, n: int, k: int) -> Row | None:
+    """The measured row that stands for a shape, or None where none is near enough or fits."""
+    near = []
+    for row in table:
+        fits = -(-n // 64) % (row.bn // 64) == 0 and row.split <= -(-k // 128)
+        if (row.dtype, row.group, row.bucket) == (dtype, group, size) and fits:
+            distance = abs(log2(row.n / n)) + abs(log2(row.k / k))
+            if distance <= FARTHEST:
+                near.append((distance, -row.n, -row.k, row))
+    return min(near, key=lambda found: found[:3])[3] if near else None
+
+
+def form_of(arch: str, dtype: str) -> str:
+    """How words are unpacked: assembly on NVIDIA, plain Triton elsewhere, bfloat16 through float32 in the interpreter."""
+    if arch.startswith("sm_"):
+        return "assembly"
+    return "upcast" if arch == "interpreter" and dtype == "bfloat16" else "portable"
+
+
+def _stages(arch: str) -> int:
+    """Buffers in the ring. AMD's compiler keeps them in registers, and 2 is what it is built for."""
+    return 2 if arch.startswith("gfx") else 4
+
+
+@cache
+def table_of(device: Device, folder: Path = TUNED) -> tuple[Row, ...]:
+    """The measured rows for a device: the table with its architecture and number of processors; () where there is none."""
+    for file in sorted(folder.glob("*.json")):
+        table = json.loads(file.read_text())
+        if (table["arch"], table["processors"]) == (device.arch, device.processors):
+            return tuple(_row(row) for row in table["rows"])
+    return ()
+
+
+def _row(values: dict[str, Any]) -> Row:
+    return Row(**{name: values[name] for name in Row.__dataclass_fields__})

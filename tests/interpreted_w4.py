@@ -1,0 +1,178 @@
+"""The GPU kernels for 4 bits in Triton's interpreter, against float64. Run by `test_w4.py` in a process of its own.
+
+float16 takes the portable unpacking that GPUs without PTX take. bfloat16 goes through the `upcast` form: the interpreter
+computes with the bit patterns of bfloat16, and cuts off where a GPU rounds. Assembly, bfloat16 arithmetic and two programs
+that count themselves in at once can be seen on a GPU alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import llmq
+from llmq.errors import LlmqError
+from llmq.kernels import layout, reference, w4
+from llmq.kernels.launch import Launch
+from llmq.kernels.problem import Packed
+from llmq.linear import QuantLinear
+from tests.test_tiles import drawn
+from tests.tiny import VOCAB, tiny_model
+
+F16, BF16 = torch.float16, torch.bfloat16
+FORMS = {F16: "portable", BF16: "upcast"}
+ROUNDING = {F16: 2**-10, BF16: 2**-7}
+SHAPES = [  # M, N, K, group
+    (1, 64, 128, 128),
+    (3, 70, 160, 32),
+    (9, 130, 320, 64),
+    (17, 65, 384, 128),
+    (2, 33, 512, 256),
+    (5, 1, 100, 100),
+    (7, 19, 37, 37),
+    (70, 128, 256, 64),
+]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)  # fills fresh memory, y and partial sums among it, with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def launch(rows: int, dtype: torch.dtype, split: int = 1, bn: int = 64) -> Launch:
+    return Launch(8 if rows <= 8 else 16, bn, 4, 3, split, FORMS[dtype])
+
+
+def inputs(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return (torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)) + 0.3).to(dtype)
+
+
+def assert_right(y: Tensor, x: Tensor, packed: Packed, bias: Tensor | None = None) -> None:
+    """Within one rounding of y, and of float32 sums in the order of the kernel, of the reference in float64."""
+    weight = reference.dequantize(packed, torch.float64)
+    want = reference.run(x.double(), packed, None if bias is None else bias.double(), torch.float64)
+    size = x.double().abs() @ weight.abs().T + (0 if bias is None else bias.double().abs())
+    # Below, steps are those of denormals: float16 rounds to them, bfloat16 may lose them.
+    tiny = torch.finfo(y.dtype).smallest_normal * (2**-10 if y.dtype == F16 else 1)
+    assert bool(((y.double() - want).abs() <= want.abs() * ROUNDING[y.dtype] + size * 2**-20 + tiny).all())
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_any_shape_equals_the_reference(shape: tuple[int, ...], dtype: torch.dtype, symmetric: bool) -> None:
+    rows, out, columns, size = shape
+    packed = drawn(out, columns, size, symmetric, dtype)
+    packed.scale[0, 0] = 0
+    # float16's denormals are normal float32 numbers; bfloat16's are not, are flushed on GPUs, and `grid` stores none.
+    packed.scale[-1, -1] = torch.finfo(dtype).smallest_normal / (4 if dtype == F16 else 1)
+    tiled = w4.prepare(packed)
+    x, bias = inputs(rows, columns, dtype), inputs(1, out, dtype)[0]
+    for split, with_bias in itertools.product((1, 2, 3), (False, True)):
+        kept = bias if with_bias else None
+        y = w4.multiply(x, tiled, kept, launch(rows, dtype, split))
+        assert_right(y, x, packed, kept)
+        assert torch.equal(y, w4.multiply(x, tiled, kept, launch(rows, dtype, split))), "counters are left at zero"
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("size", [32, 64, 128, 256])
+def test_every_code_and_zero_point_is_exact(size: int, symmetric: bool) -> None:
+    packed = drawn(64, 256, size, symmetric, F16)
+    packed.scale[:] = 2.0 ** torch.randint(-3, 4, packed.scale.shape)
+    assert set(reference.unpack(packed.weight, 4, 256).flatten().tolist()) == set(range(16))
+    if packed.zero is not None:
+        packed.zero[0] = -0x10000000  # zero points 0 for seven rows, 15 for one
+        assert {0, 15} <= set(reference.unpack(packed.zero.T, 4, 64).flatten().tolist())
+    x = torch.eye(256, dtype=F16)
+    assert torch.equal(w4.multiply(x, w4.prepare(packed)).T, reference.dequantize(packed).to(F16))
+
+
+def test_the_wide_block_gives_the_same_bits() -> None:
+    packed, x = drawn(256, 384, 128, False, F16), inputs(5, 384, F16)
+    tiled = w4.prepare(packed)
+    assert torch.equal(
+        w4.multiply(x, tiled, None, launch(5, F16, 2, 64)), w4.multiply(x, tiled, None, launch(5, F16, 2, 128))
+    )
+    odd = w4.prepare(drawn(192, 128, 128, True, F16))
+    with pytest.raises(LlmqError, match="bn must divide the padded rows 192; got 128: use 64"):
+        w4.multiply(inputs(1, 128, F16), odd, None, launch(1, F16, 1, 128))
+
+
+def test_no_rows_and_any_strides() -> None:
+    packed = drawn(70, 160, 32, True, F16)
+    tiled = w4.prepare(packed)
+    assert w4.run(torch.empty(0, 160, dtype=F16), tiled).shape == (0, 70)
+    x = inputs(6, 160, F16)
+    want = w4.run(x, tiled)
+    for other in (torch.cat((x, x), 1)[:, :160], x.T.contiguous().T, torch.cat((x[:, :3], x), 1)[:, 3:]):
+        assert torch.equal(w4.run(other, tiled), want)
+    assert torch.equal(w4.run(x[:1], tiled), w4.run(torch.cat((x[:1, :5], x[:1]), 1)[:, 5:], tiled))
+
+
+def test_layers_that_are_one_give_the_same_bits() -> None:
+    parts = [w4.prepare(drawn(rows, 256, 64, False, F16, rows)) for rows in (128, 64, 70)]
+    x = inputs(3, 256, F16)
+    assert torch.equal(w4.run(x, layout.concatenate(parts)), torch.cat([w4.run(x, part) for part in parts], 1))
+
+
+def test_gradients_reach_the_input_and_the_operator_is_one() -> None:
+    packed = drawn(70, 160, 32, False, F16)
+    tiled, x = w4.prepare(packed), inputs(3, 160, F16).requires_grad_()
+    w4.run(x, tiled).float().sum().backward()
+    want = torch.ones(3, 70, dtype=torch.float64) @ reference.dequantize(packed, torch.float64)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad.double(), want, rtol=1e-2, atol=5e-2)  # of sums of 70 rounded weights
+    arguments = (tiled.words, tiled.scales, tiled.zeros, None, 70, 160, 32)
+    torch.use_deterministic_algorithms(False)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.llmq.w4_linear.default, (x, *arguments), test_utils=checks)
+
+
+def test_bad_input_is_refused_before_any_launch() -> None:
+    packed = drawn(64, 128, 32, False, F16)
+    tiled, x = w4.prepare(packed), inputs(2, 128, F16)
+    assert tiled.zeros is not None
+    bad = [
+        (x[:, 1:], tiled, None, r"x must be \[M, 128\]; got \[2, 127\]"),
+        (x.float(), tiled, None, "x must be float16 or bfloat16; got torch.float32: cast it"),
+        (x, replace(tiled, words=tiled.words[:, :, :, ::2]), None, "words must be contiguous torch.int32"),
+        (x, replace(tiled, scales=tiled.scales[:1]), None, r"scales must be contiguous torch.float16 \[4, 64\]"),
+        (x, replace(tiled, zeros=tiled.zeros.int()), None, "zeros must be contiguous torch.int16"),
+        (x, replace(tiled, words=tiled.words.to("meta")), None, "x is on cpu, words on meta"),
+        (x, tiled, torch.zeros(63, dtype=F16), r"bias must be contiguous torch.float16 \[64\]"),
+        (x, tiled, torch.zeros(64), "bias must be contiguous torch.float16"),
+    ]
+    for given, weight, bias, message in bad:
+        with pytest.raises(LlmqError, match=message):
+            w4.multiply(given, weight, bias)
+    packed.scale[3, 1] = float("inf")
+    with pytest.raises(LlmqError, match="scales must be finite; that of row 3, group 1 is inf"):
+        w4.prepare(packed)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+def test_a_whole_model_on_the_kernel_says_what_the_reference_says(tmp_path: Path, symmetric: bool) -> None:
+    ids = torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
+    config = llmq.QuantConfig(method="rtn", group_size=32, symmetric=symmetric, dtype="float16")
+    llmq.quantize(tiny_model("qwen2"), tmp_path / "out", config, ids)
+    torch.use_deterministic_algorithms(False)
+    said, written = [], []
+    for kernel in ("triton", "reference"):
+        model = llmq.load(tmp_path / "out", kernel=kernel)
+        linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
+        assert linears
+        assert {module.choice(F16, 24).kernel.NAME for module in linears} == {kernel}
+        with torch.no_grad():
+            said.append(model(input_ids=ids).logits)
+        written.append(model.generate(ids[:1], max_new_tokens=6, do_sample=False))
+    torch.testing.assert_close(*said, rtol=2e-2, atol=2e-2)
+    assert torch.equal(*written)

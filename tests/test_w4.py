@@ -1,0 +1,139 @@
+"""The Triton kernel for 4 bits without a GPU: its launch configurations, what it refuses, and the interpreter's tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmq.errors import LlmqError
+from llmq.kernels import w4
+from llmq.kernels.launch import Device, Launch, Row, bucket, configure, form_of, nearest, table_of
+from llmq.kernels.problem import Problem
+from llmq.kernels.registry import choose
+
+ROOT = Path(__file__).resolve().parent.parent
+F16 = torch.float16
+H200 = Device("sm_90", 132)
+PROBLEM = Problem(128, 256, 4, 64, True, F16, F16, "cpu")
+absent = importlib.util.find_spec("triton") is None
+
+
+@pytest.mark.skipif(absent, reason="triton is not installed")
+def test_the_kernels_in_the_interpreter() -> None:
+    """In a process of its own: whether Triton interprets is decided where it is imported."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "tests/interpreted_w4.py"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(absent, reason="triton is not installed")
+def test_machine_code_is_what_was_designed() -> None:
+    """Two launches of `scripts/check_kernels.py`, which compiles all of them."""
+    code = """
+from llmq.kernels.ahead import Case, read
+from llmq.kernels.gates import failures
+from llmq.kernels.launch import Launch
+for form in ("assembly", "portable"):
+    case = Case("sm_90", "fp16", 128, True, Launch(16, 64, 4, 4, 4, form))
+    report = read(case)
+    assert not failures(case, report), (case, report, failures(case, report))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, check=True)
+
+
+def test_everything_else_works_without_triton() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None  # what makes `import triton` fail, and find_spec find nothing
+import torch, llmq
+from llmq.kernels.problem import Problem
+from llmq.kernels.registry import choose
+choice = choose(Problem(32, 64, 4, 32, True, torch.bfloat16, torch.bfloat16, "cpu"), 1)
+assert "is not installed" in dict(choice.refused)["triton"], choice
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, "runs on GPUs; the weight is on cpu, and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)"),
+        ({"device": "mps"}, "runs on CUDA and ROCm devices; the weight is on mps"),
+        ({"device": "cuda", "streamed": True}, "the weight is offloaded"),
+        ({"device": "cuda", "dtype": torch.float32}, "takes float16 and bfloat16; input: float32"),
+        ({"device": "cuda", "scale_dtype": torch.float32}, "takes scales in float16 or bfloat16; these are float32"),
+        ({"device": "cuda", "group_size": 16}, "these have 16 columns"),
+        ({"device": "cuda", "bits": 8}, "takes 4 bits; these weights have 8"),
+    ],
+)
+def test_refusals_state_rule_and_value(change: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(w4, "_installed", lambda: True)
+    monkeypatch.setattr(w4, "_oldest", lambda: (9, 0))
+    found = w4.refusal(replace(PROBLEM, **change))
+    assert found is not None
+    assert reason in found
+
+
+def test_old_gpus_and_an_absent_triton_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(w4, "_installed", lambda: True)
+    monkeypatch.setattr(w4, "_oldest", lambda: (9, 0))
+    problem = replace(PROBLEM, device="cuda")
+    assert choose(problem, 1).kernel is w4
+    assert choose(problem, w4.MOST_ROWS + 1).kernel.NAME == "slab"
+    monkeypatch.setattr(w4, "_oldest", lambda: (7, 5))
+    assert w4.refusal(problem) == "needs sm_80 or newer; the oldest GPU here is sm_75"
+    monkeypatch.setattr(w4, "_installed", lambda: False)
+    with pytest.raises(LlmqError, match="triton needs the package triton, which is not installed: pip install triton"):
+        choose(problem, 1, "triton")
+
+
+def test_rows_fall_into_buckets() -> None:
+    assert [bucket(rows) for rows in (1, 8, 9, 16, 33, 64, 65, 4096)] == [8, 8, 16, 16, 64, 64, 64, 64]
+    with pytest.raises(ValueError, match="nothing to launch for 0 rows"):
+        configure(H200, "float16", 128, 0, 64, 128)
+
+
+def test_rules_fill_the_processors() -> None:
+    assert configure(H200, "float16", 128, 1, 4096, 4096) == Launch(8, 64, 4, 4, 8, "assembly")
+    assert configure(H200, "float16", 128, 1, 28672, 8192) == Launch(8, 128, 4, 4, 2, "assembly")
+    assert configure(H200, "bfloat16", 128, 64, 151936, 4096) == Launch(64, 128, 8, 4, 1, "assembly")
+    for n in range(1, 700, 63):
+        for k in (1, 128, 1000, 14336):
+            for rows in (1, 64, 200):
+                made = configure(H200, "float16", 0, rows, n, k)
+                assert -(-n // 64) % (made.bn // 64) == 0, "a block never leaves the padded rows"
+                assert made.split <= -(-k // 128), "and every part of K has a tile"
+
+
+def test_forms_follow_the_vendor() -> None:
+    assert form_of("sm_80", "bfloat16") == "assembly"
+    assert form_of("gfx942", "bfloat16") == "portable"
+    assert form_of("interpreter", "float16") == "portable"
+    assert form_of("interpreter", "bfloat16") == "upcast"
+
+
+def test_the_nearest_measured_row_decides(tmp_path: Path) -> None:
+    rows = [Row("float16", 128, 8, n, k, bn, 4, 3, 5) for n, k, bn in ((4096, 4096, 64), (8192, 8192, 128))]
+    stored = {"arch": "sm_90", "processors": 132, "device": "none", "measured": "by no one"}
+    listed = [{**vars(row), "us": 1.0} for row in rows]
+    (tmp_path / "none.json").write_text(json.dumps(stored | {"rows": listed}))
+    table = table_of(H200, tmp_path)
+    assert table == tuple(rows)
+    assert table_of(Device("sm_90", 114), tmp_path) == ()
+    assert nearest(table, "float16", 128, 8, 4096, 8192) == rows[1], "the larger of two as near"
+    assert nearest(table, "float16", 128, 8, 4160, 8192) == rows[0], "65 row tiles have no blocks of 128"
+    assert nearest(table, "float16", 128, 8, 100_000, 8192) is None, "too far"
+    assert nearest(table, "float16", 128, 8, 4096, 512) is None
+    assert nearest(table, "bfloat16", 128, 8, 4096, 4096) is None
+    assert configure(H200, "float16", 128, 3, 4096, 4000, table) == Launch(8, 64, 4, 3, 5, "assembly")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from llmq.config import QuantConfig, method
 from llmq.core.grid import Grid, clipped_share
 from llmq.core.quantized import QuantizedWeight
 from llmq.errors import LlmqError
-from llmq.heldout import Holdout
+from llmq.heldout import Holdout, some_rows
 from llmq.methods import rounding
 from llmq.methods.base import Rounded, Target, output_errors
 from llmq.methods.rtn import rtn
@@ -157,6 +158,7 @@ class BlockWork:
 
     def _round(self, group: Sequence[str], hessian: Tensor | None, tokens: int) -> None:
         """Round the linears of one input group, one stacked weight per grid, and write them back."""
+        sampled = []
         for grid in dict.fromkeys(self._planned[name].grid for name in group):
             names = [name for name in group if self._planned[name].grid == grid]
             weight = torch.cat([self._linears[name].weight.detach().float() for name in names])
@@ -166,7 +168,6 @@ class BlockWork:
                 plain = replace(target, scales="minmax")
                 is_plain = self._config.method == "rtn" and target == plain
                 baseline = rounded if is_plain else rtn(weight, None, plain)
-                gap = self._gap(names[0], weight, hessian, tokens, target)
             except LlmqError as error:
                 raise LlmqError(f"{self._name}.{names[0]}: {error}") from error
             now = time.perf_counter()
@@ -174,15 +175,22 @@ class BlockWork:
             start = 0
             for name in names:
                 rows = slice(start, start + self._planned[name].shape[0])
-                self._finish(name, weight[rows], rounded, baseline.weight, rows, hessian, tokens, seconds, gap)
+                self._finish(name, weight[rows], rounded, baseline.weight, rows, hessian, tokens, seconds)
                 start = rows.stop
+            sampled.append((names, some_rows(weight), target))
+        if hessian is not None:
+            self._tell_gaps(sampled, hessian, tokens)
 
-    def _gap(self, name: str, weight: Tensor, hessian: Tensor | None, tokens: int, target: Target) -> float | None:
-        if self._holdout is None or hessian is None:
-            return None
-        return self._holdout.gap(
-            f"{self._name}.{name}", weight, hessian, tokens, lambda w, h: self._rounding(w, h, target).weight
-        )
+    def _tell_gaps(self, sampled: Sequence[tuple[Sequence[str], Tensor, Target]], hessian: Tensor, tokens: int) -> None:
+        """Put the gap to held-out windows into the reports just made; `hessian` is used up. See `llmq.heldout`."""
+        assert self._holdout is not None
+        for names, some, target in sampled:
+            full = [self._planned[name].name for name in names]
+            gap = self._holdout.gap(full[0], some, hessian, tokens, partial(self._rounded, target))
+            self.reports = [replace(row, gap=gap) if row.name in full else row for row in self.reports]
+
+    def _rounded(self, target: Target, weight: Tensor, hessian: Tensor) -> QuantizedWeight:
+        return self._rounding(weight, hessian, target).weight
 
     def _finish(
         self,
@@ -194,7 +202,6 @@ class BlockWork:
         hessian: Tensor | None,
         tokens: int,
         seconds: float,
-        gap: float | None,
     ) -> None:
         planned, linear = self._planned[name], self._linears[name]
         codes = rounded.weight.rows(rows.start, rows.stop)
@@ -213,7 +220,6 @@ class BlockWork:
                 tokens,
                 seconds,
                 notes,
-                gap,
             )
         )
         linear.weight.data.copy_(codes.dequantize(linear.weight.dtype))

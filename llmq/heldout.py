@@ -49,7 +49,7 @@ class Holdout:
         held = max(1, windows // 4) * window if windows > 1 else tokens // 4
         self._fitted = tokens - held  # tokens to come before those that are held out
         self._moment = SecondMoment(features, device) if few(tokens, features) and held else None
-        self._held: Tensor | None = None
+        self._moments: tuple[Tensor, Tensor] | None = None  # of the fitted tokens, and of those held out
 
     def add(self, inputs: Tensor) -> None:
         """Count in `inputs` [..., K], in the order of the windows."""
@@ -63,20 +63,31 @@ class Holdout:
     def gap(self, name: str, weight: Tensor, hessian: Tensor, tokens: int, round_: Round) -> float | None:
         """The gap of `weight` float32 [N, K] on inputs whose second moment over all `tokens` is `hessian` [K, K].
 
-        name: stands in errors. None where there are enough tokens, or all or none of them were held out.
+        The first call overwrites `hessian` with the moment of the fitted tokens: a third K x K matrix would decide the peak
+        of a run; later calls (other weights that read the same input) go on from there. name: stands in errors. None
+        where there are enough tokens, or all or none of them were held out.
         """
         if self._moment is None or not 0 < self._moment.tokens < tokens:
             return None
         count = self._moment.tokens
-        if self._held is None:
-            self._held = self._moment.value(name)
-        fit = (hessian * tokens).sub_(self._held, alpha=count).div_(tokens - count)
-        fit.diagonal().clamp_min_(0)  # an input that only held-out tokens have leaves rounding errors of either sign
-        rows = min(ROWS, len(weight))
-        some = weight[torch.arange(rows, device=weight.device) * len(weight) // rows]
+        if self._moments is None:
+            held = self._moment.value(name)
+            fit = hessian.mul_(tokens).sub_(held, alpha=count).div_(tokens - count)
+            fit.diagonal().clamp_min_(
+                0
+            )  # an input that only held-out tokens have leaves rounding errors of either sign
+            self._moments = fit, held
+        fit, held = self._moments
+        some = some_rows(weight)
         rounded = round_(some, fit)
-        fitted, held_out = (output_errors(some, (rounded,), moment)[0] for moment in (fit, self._held))
+        fitted, held_out = (output_errors(some, (rounded,), moment)[0] for moment in (fit, held))
         return held_out / fitted if fitted > 0 else None
+
+
+def some_rows(weight: Tensor) -> Tensor:
+    """At most `ROWS` rows of `weight`, evenly spaced: those that a gap is measured on."""
+    rows = min(ROWS, len(weight))
+    return weight[torch.arange(rows, device=weight.device) * len(weight) // rows]
 
 
 def few(tokens: int, features: int) -> bool:

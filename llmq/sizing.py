@@ -137,7 +137,7 @@ def _memory(source: Source, plan: Plan, tokens: int) -> dict[str, int]:
         "process": peak_rss_bytes() or 0,
         "outer": outer,
         "block": 2 * largest,
-        "moments": (5 if few(tokens, wide) else 3) * 4 * wide * wide if tokens else 0,
+        "moments": (4 if few(tokens, wide) else 3) * 4 * wide * wide if tokens else 0,
         "activations": 2 * tokens * hidden * size,
         "inside": held if held <= PAUSED_BYTES else 0,
     }

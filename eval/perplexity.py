@@ -16,7 +16,7 @@ import hashlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,15 +86,20 @@ def perplexity(
     if batch_size < 1:
         raise LlmqError(f"batch_size must be at least 1; got {batch_size}")
     ids, notes = cut_windows(model, token_ids, window, limit)  # [n, window]
-    window = ids.shape[1]
     nats: list[float] = []
     with evaluation_mode(model):
         slabs, unslabbed = logits_in_slabs(model, ids[:1])
         for start in range(0, len(ids), batch_size):
             nats += _window_means(slabs(ids[start : start + batch_size]))
-            _check_finite(nats, start)
+            check_finite(nats, start)
             if progress is not None:
                 progress(len(nats), len(ids))
+    return summary(nats, ids, notes + unslabbed, tokenizer, started)
+
+
+def summary(nats: Sequence[float], ids: Tensor, notes: tuple[str, ...], tokenizer: Any, started: float) -> Perplexity:
+    """The result out of each window's mean loss in nats. ids: int64 `[n, window]`; started: of `time.perf_counter`."""
+    window = ids.shape[1]
     mean = math.fsum(nats) / len(nats)
     value = math.exp(mean)
     return Perplexity(
@@ -107,7 +112,7 @@ def perplexity(
         protocol=f"GPTQ: {len(ids)} non-overlapping windows of {window}, tokenised once, loss in float32, tail dropped",
         window_nats=tuple(nats),
         fingerprint=hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16],
-        notes=notes + unslabbed,
+        notes=notes,
         seconds=time.perf_counter() - started,
     )
 
@@ -139,18 +144,19 @@ def _window_means(slabs: Iterator[Slab]) -> list[float]:
     """Mean nats per predicted token of every window."""
     means = []
     for _, parts in itertools.groupby(slabs, key=lambda slab: slab.window):
-        found = [(_nats(slab), len(slab.targets)) for slab in parts]
+        found = [(summed_nats(slab), len(slab.targets)) for slab in parts]
         means.append(math.fsum(nats for nats, _ in found) / sum(count for _, count in found))
     return means
 
 
-def _nats(slab: Slab) -> float:
+def summed_nats(slab: Slab) -> float:
     """Summed -log p of the targets: float32 terms, float64 sum."""
     losses = F.cross_entropy(slab.logits.float(), slab.targets, reduction="none")
     return float(losses.cpu().double().sum())
 
 
-def _check_finite(nats: list[float], start: int) -> None:
+def check_finite(nats: list[float], start: int) -> None:
+    """Raise `LlmqError` for a mean loss from window `start` on that is NaN, inf or beyond what a perplexity can say."""
     for index in range(start, len(nats)):
         if not nats[index] < MAX_NATS:  # NaN is not
             raise LlmqError(

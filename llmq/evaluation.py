@@ -86,7 +86,12 @@ def perplexity_of(
     model, tokenizer = open_model(source, kind, place, revision)
     ids, corpus = tokens_of(dataset, text, tokenizer)
     ids = ids[: corpus.max_tokens]
-    result = perplexity(model, ids, window, limit, batch_size, progress, tokenizer)
+    apart = None
+    if against is None:
+        result = perplexity(model, ids, window, limit, batch_size, progress, tokenizer)
+    else:
+        apart = divergence(against, model, ids, window, limit, batch_size, progress, tokenizer)
+        result = apart.perplexity
     told: dict[str, Any] = {
         "perplexity": result.value,
         "stderr": result.stderr,
@@ -99,8 +104,7 @@ def perplexity_of(
         "protocol": result.protocol,
         "seconds": round(result.seconds, 2),
     }
-    if against is not None:
-        apart = divergence(against, model, ids, window, limit, progress)
+    if apart is not None:
         told |= {"kl": apart.kl, "kl_stderr": apart.kl_stderr, "top1": apart.top1, "top1_stderr": apart.top1_stderr}
     return result, told
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from llmq.errors import LlmqError
 from llmq.eval import slabs
 from llmq.eval.divergence import divergence
+from llmq.eval.perplexity import perplexity
 from tests.tiny import VOCAB, tiny_config, tiny_model
 
 WINDOW = 40
@@ -58,3 +59,22 @@ def test_other_vocabularies_and_broken_models_are_refused() -> None:
     broken.lm_head.weight.data[5] = float("nan")
     with pytest.raises(LlmqError, match="window 0"):
         divergence(model, broken, IDS, WINDOW)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_the_perplexity_comes_out_of_the_same_pass(batch_size: int) -> None:
+    original, other = tiny_model("llama"), tiny_model("llama", seed=1)
+    found = divergence(original, other, IDS, WINDOW, batch_size=batch_size).perplexity
+    alone = perplexity(other, IDS, WINDOW)
+    assert found.window_nats == pytest.approx(alone.window_nats, rel=1e-6)
+    assert (found.fingerprint, found.tokens, found.protocol) == (alone.fingerprint, alone.tokens, alone.protocol)
+    assert found.value == pytest.approx(alone.value, rel=1e-6)
+
+
+def test_windows_fit_the_shorter_of_both_contexts() -> None:
+    long, short = tiny_model("llama"), tiny_model("llama", seed=1)
+    short.config.max_position_embeddings = 24
+    for original, other in ((long, short), (short, long)):
+        found = divergence(original, other, IDS, WINDOW)
+        assert (found.window, found.perplexity.window) == (24, 24)
+        assert found.perplexity.notes == ("window reduced from 40 to the model's context of 24 tokens",)

@@ -3,7 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-slow lint venv clean
+# The oldest Triton that is supported, which GPU builds of torch bring. The kernels are compiled with both.
+OLD = .venv36
+
+.PHONY: demo test test-slow lint check-kernels venv clean
 
 venv: $(VENV)/.made
 
@@ -28,5 +31,15 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Compiles the GPU kernels for every architecture and reads the machine code. No GPU, no torch in the second environment.
+check-kernels: venv $(OLD)/.made
+	$(BIN)/python scripts/check_kernels.py --quick --jobs 2
+	$(OLD)/bin/python scripts/check_kernels.py --quick --jobs 2
+
+$(OLD)/.made:
+	$(PYTHON) -m venv $(OLD)
+	$(OLD)/bin/pip install -q 'triton==3.6.0' rich numpy
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo-out build
+	rm -rf $(VENV) $(OLD) demo-out build

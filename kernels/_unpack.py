@@ -112,15 +112,24 @@ def _joined(low, high):
 
 @triton.jit
 def _portable(q, zero, p: tl.constexpr, DTYPE: tl.constexpr, SYMMETRIC: tl.constexpr):
-    magic: tl.constexpr = 0x64006400 if DTYPE == tl.float16 else 0x43004300
-    base: tl.constexpr = 1024.0 if DTYPE == tl.float16 else 128.0
-    both = ((q >> (4 * p)) & 0x000F000F) | magic
-    low = (both & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
-    high = ((both >> 16) & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
-    if SYMMETRIC:
-        return (_joined(low, high) - (base + 8.0)).to(DTYPE)
-    else:
-        return (_joined(low, high) - ((zero & 15).to(tl.float32) + base).to(DTYPE)).to(DTYPE)
+    codes = (q >> (4 * p)) & 0x000F000F
+    if DTYPE == tl.float16:
+        both = codes | 0x64006400
+        low = (both & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
+        high = ((both >> 16) & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
+        if SYMMETRIC:
+            return (_joined(low, high) - 1032.0).to(DTYPE)
+        else:
+            return _joined(low, high) - ((zero & 15) | 0x6400).to(tl.int16).to(DTYPE, bitcast=True)
+    else:  # in float32, for AMD's want of bfloat16 arithmetic; the difference's upper half is the bfloat16
+        both = codes | 0x43004300
+        low = (both << 16).to(tl.float32, bitcast=True)
+        high = ((both >> 16) << 16).to(tl.float32, bitcast=True)
+        if SYMMETRIC:
+            less = _joined(low, high) - 136.0
+        else:
+            less = _joined(low, high) - (((zero & 15) | 0x4300) << 16).to(tl.float32, bitcast=True)
+        return (less.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(DTYPE, bitcast=True)
 
 
 @triton.jit

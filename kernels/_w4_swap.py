@@ -7,12 +7,23 @@ registers, become integers there (`llmq.kernels._unpack`) and are multiplied the
 The tensor core multiplies integers; each group's sum is scaled once in float32, which costs a multiplication for each
 output and group in place of one for each weight, and rounds nothing. Per channel (GROUP 0) that is once at the end.
 
+From BM 128 (and from 64 in groups of 32 and 64) the scale is multiplied into the weight instead, which is rounded once to
+x's dtype: the weights that the slab path multiplies. It costs half an instruction for each weight, at any BM, and one set
+of sums in place of two, for which there are no registers. So this is the kernel for the middle, too. In numbers, sm_90,
+float16, groups of 128: a block of 128 rows takes 3.8 instructions for each weight, two of 64 take 5.4, while the tensor
+cores need the time of 11 for 128 rows. A kernel with x as the left operand would store dense weights to shared memory first.
+
+From BM 32 a block's rows beyond M are read as row M - 1 and never written: a mask would cost two instructions for each load.
+Tried and left out: two tiles in a turn of the loop, 2.77 (BM 32) and 3.12 (BM 64) instructions in place of 3.03 and 3.47
+with BN 64, at twice the shared memory, but an odd tile left over waits for memory alone, outside of the ring.
+
 Split K: every part of K writes its float32 sums to its own place in `partials`, and counts itself in. Who comes last
 adds all parts in their order, so that the result does not depend on who that is, writes y and sets the counter back to zero
 for the next launch: no memory to clear, no second kernel, no atomics on floats, the same bits every time.
 
 What the host promises (`llmq.kernels.w4`): words, scales and zeros as `llmq.kernels.layout` makes them, BN a divisor
-of their rows; x, y and all others 16-byte aligned, x's row stride and K divisible by 16; counters zero; M, N, K >= 1.
+of their rows; x, y and all others 16-byte aligned, x's row stride and K divisible by 16 and below 2**24;
+counters zero; M, N, K >= 1.
 """
 
 import triton
@@ -44,9 +55,25 @@ def _meta(scales, zeros, SYMMETRIC: tl.constexpr, SCALE: tl.constexpr):
 
 
 @triton.jit
-def _inputs(pointers, rows_ok, left, RAGGED: tl.constexpr, FORM: tl.constexpr):
-    """A run of x^T [k, BM]. left: bool [k, 1], which columns exist, where RAGGED."""
-    x = tl.load(pointers, mask=rows_ok & left if RAGGED else rows_ok, other=0.0)
+def _times(w, s, DTYPE: tl.constexpr, SCALE: tl.constexpr, FORM: tl.constexpr):
+    """Integers w [N, k] times scales s [N], rounded once: the weights that `llmq.kernels.slab` dequantizes."""
+    if FORM == "upcast" or SCALE != DTYPE:
+        product = w.to(tl.float32) * s[:, None]
+        return product if FORM == "upcast" else product.to(DTYPE)
+    else:
+        return w * s.to(DTYPE)[:, None]
+
+
+@triton.jit
+def _inputs(pointers, rows_ok, left, RAGGED: tl.constexpr, FORM: tl.constexpr, CLAMP: tl.constexpr):
+    """A run of x^T [k, BM]. left: bool [k, 1], which columns exist, where RAGGED. CLAMP: all rows do."""
+    if CLAMP:
+        if RAGGED:
+            x = tl.load(pointers, mask=left, other=0.0)
+        else:
+            x = tl.load(pointers)
+    else:
+        x = tl.load(pointers, mask=rows_ok & left if RAGGED else rows_ok, other=0.0)
     return x.to(tl.float32) if FORM == "upcast" else x
 
 
@@ -59,6 +86,76 @@ def _write(acc, bias, y, n, m, N, M, BIAS: tl.constexpr):
     tl.store(at, acc.to(y.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
 
 
+@triton.jit
+def _metas(scales, zeros, tile, padded, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, SCALE: tl.constexpr):
+    """The scales and zero points of a tile's four runs of 32 columns. padded: a group's words."""
+    group = (tile // (GROUP // 128) if GROUP >= 128 else tile * (128 // GROUP)) * padded
+    s0, z0 = _meta(scales + group, zeros + group, SYMMETRIC, SCALE)
+    s1, z1, s2, z2, s3, z3 = s0, z0, s0, z0, s0, z0
+    if GROUP == 64:
+        s2, z2 = _meta(scales + group + padded, zeros + group + padded, SYMMETRIC, SCALE)
+        s3, z3 = s2, z2
+    if GROUP == 32:
+        group += padded
+        s1, z1 = _meta(scales + group, zeros + group, SYMMETRIC, SCALE)
+        group += padded
+        s2, z2 = _meta(scales + group, zeros + group, SYMMETRIC, SCALE)
+        group += padded
+        s3, z3 = _meta(scales + group, zeros + group, SYMMETRIC, SCALE)
+    return s0, z0, s1, z1, s2, z2, s3, z3
+
+
+@triton.jit
+def _turn(
+    acc, q, x, rows_ok, k, left, scales, zeros, tile, padded,
+    GROUP: tl.constexpr, FOLD: tl.constexpr, SYMMETRIC: tl.constexpr, RAGGED: tl.constexpr, SCALE: tl.constexpr,
+    DTYPE: tl.constexpr, FORM: tl.constexpr, CLAMP: tl.constexpr,
+):  # fmt: skip
+    """acc plus the product of a tile's words q [BN, 16] and x [columns, BM]. left: the columns from here to the end."""
+    s0, z0, s1, z1, s2, z2, s3, z3 = _metas(scales, zeros, tile, padded, GROUP, SYMMETRIC, SCALE)
+    x0 = _inputs(x, rows_ok, k < left, RAGGED, FORM, CLAMP)
+    if FOLD or GROUP >= 128:
+        a, b, c, d = pairs(q, z0, z1, z2, z3, DTYPE, SYMMETRIC, FORM)
+        if FOLD:
+            a, b = _times(a, s0, DTYPE, SCALE, FORM), _times(b, s1, DTYPE, SCALE, FORM)
+            c, d = _times(c, s2, DTYPE, SCALE, FORM), _times(d, s3, DTYPE, SCALE, FORM)
+            acc = tl.dot(beside4(a, b, c, d), x0, acc)
+        else:
+            acc += tl.dot(beside4(a, b, c, d), x0) * s0[:, None]
+    elif GROUP == 64:
+        x1 = _inputs(x + 64, rows_ok, k < left - 64, RAGGED, FORM, CLAMP)
+        a, b, c, d = pairs(q, z0, z1, z2, z3, DTYPE, SYMMETRIC, FORM)
+        acc += tl.dot(beside(a, b), x0) * s0[:, None]
+        acc += tl.dot(beside(c, d), x1) * s2[:, None]
+    else:
+        x1 = _inputs(x + 32, rows_ok, k < left - 32, RAGGED, FORM, CLAMP)
+        x2 = _inputs(x + 64, rows_ok, k < left - 64, RAGGED, FORM, CLAMP)
+        x3 = _inputs(x + 96, rows_ok, k < left - 96, RAGGED, FORM, CLAMP)
+        a, b, c, d = pairs(q, z0, z1, z2, z3, DTYPE, SYMMETRIC, FORM)
+        acc += tl.dot(a, x0) * s0[:, None]
+        acc += tl.dot(b, x1) * s1[:, None]
+        acc += tl.dot(c, x2) * s2[:, None]
+        acc += tl.dot(d, x3) * s3[:, None]
+    return acc
+
+
+@triton.jit
+def _together(acc, bias, y, partials, counters, n, m, N, M, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
+              BIAS: tl.constexpr):  # fmt: skip
+    """Write this part's sums; the last part to come adds all of them in their order and writes y."""
+    block = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    at = partials + block.to(tl.int64) * (SPLIT * BN * BM) + tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+    tl.store(at + tl.program_id(2) * (BN * BM), acc)
+    tl.debug_barrier()  # the sums of all threads are written before the one that counts says so
+    arrived = tl.atomic_add(counters + block, 1, sem="acq_rel")
+    if arrived == SPLIT - 1:
+        total = tl.zeros((BN, BM), tl.float32)
+        for other in range(SPLIT):
+            total += tl.load(at + other * (BN * BM), cache_modifier=".cg")
+        _write(total, bias, y, n, m, N, M, BIAS)
+        tl.store(counters + block, 0)
+
+
 @triton.jit(do_not_specialize=["M", "N", "tiles"])
 def w4_swap(
     x, words, scales, zeros, bias, y, partials, counters,
@@ -68,12 +165,12 @@ def w4_swap(
 ):  # fmt: skip
     """x [M, K] with rows `stride` apart, words [N / 64, tiles, 64, 16], scales and zeros [groups, N / 2] -> y [M, N]."""
     DTYPE: tl.constexpr = x.dtype.element_ty
-    RUN: tl.constexpr = GROUP if GROUP == 32 or GROUP == 64 else 128  # columns that one product takes
-    block_n, block_m, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    FOLD: tl.constexpr = GROUP > 0 and (BM >= 128 or (BM >= 64 and GROUP < 128))
+    RUN: tl.constexpr = GROUP if (GROUP == 32 or GROUP == 64) and not FOLD else 128  # columns that one product takes
+    block_n, block_m = tl.program_id(0), tl.program_id(1)
     per = tl.cdiv(tiles, SPLIT)
-    first = part * per
+    first = tl.program_id(2) * per
     last = tl.minimum(first + per, tiles)
-
     rows, n, m = tl.arange(0, BN), block_n * BN + tl.arange(0, BN), block_m * BM + tl.arange(0, BM)
     word, k = tl.arange(0, 16)[None, :], tl.arange(0, RUN)[:, None]
     words += ((block_n * (BN // 64)).to(tl.int64) * tiles + first) * 1024
@@ -81,9 +178,10 @@ def w4_swap(
         words_at = words + rows[:, None] * 16 + word
     else:  # row tiles lie `tiles` tiles apart
         words_at = words + (rows // 64 * 1024)[:, None] * tiles + (rows % 64 * 16)[:, None] + word
-    x_at = x + (block_m * BM).to(tl.int64) * stride + first * 128 + tl.arange(0, BM)[None, :] * stride + k
-    rows_ok = (m < M)[None, :]
-    padded = tl.cdiv(N, 64) * 32  # a group's words
+    down = tl.minimum(tl.arange(0, BM), M - 1 - block_m * BM) if BM >= 32 else tl.arange(0, BM)
+    x += (block_m * BM).to(tl.int64) * stride + first * 128
+    x_in, rows_ok = down[None, :] * stride + k, (m < M)[None, :]
+    padded = tl.cdiv(N, 64) * 32
     pair = block_n * (BN // 2) + tl.arange(0, BN // 16)[:, None] * 8 + tl.arange(0, 8)[None, :]
     scales_at, zeros_at = scales + pair, zeros + pair
 
@@ -91,61 +189,19 @@ def w4_swap(
     if GROUP == 0:
         scale, zero = _meta(scales_at, zeros_at, SYMMETRIC, SCALE)
     for tile in tl.range(first, last, num_stages=STAGES):
-        q = tl.load(words_at)
-        left = k < K - tile * 128
+        q, left = tl.load(words_at), K - tile * 128
         if GROUP == 0:
-            xs = _inputs(x_at, rows_ok, left, RAGGED, FORM)
+            xs = _inputs(x + x_in, rows_ok, k < left, RAGGED, FORM, BM >= 32)
             a, b, c, d = pairs(q, zero, zero, zero, zero, DTYPE, SYMMETRIC, FORM)
             acc = tl.dot(beside4(a, b, c, d), xs, acc)
-        elif GROUP >= 128:
-            group = tile // (GROUP // 128) * padded
-            s, z = _meta(scales_at + group, zeros_at + group, SYMMETRIC, SCALE)
-            xs = _inputs(x_at, rows_ok, left, RAGGED, FORM)
-            a, b, c, d = pairs(q, z, z, z, z, DTYPE, SYMMETRIC, FORM)
-            acc += tl.dot(beside4(a, b, c, d), xs) * s[:, None]
-        elif GROUP == 64:
-            group = 2 * tile * padded
-            s0, z0 = _meta(scales_at + group, zeros_at + group, SYMMETRIC, SCALE)
-            s1, z1 = _meta(scales_at + group + padded, zeros_at + group + padded, SYMMETRIC, SCALE)
-            x0 = _inputs(x_at, rows_ok, left, RAGGED, FORM)
-            x1 = _inputs(x_at + 64, rows_ok, k < K - tile * 128 - 64, RAGGED, FORM)
-            a, b, c, d = pairs(q, z0, z0, z1, z1, DTYPE, SYMMETRIC, FORM)
-            acc += tl.dot(beside(a, b), x0) * s0[:, None]
-            acc += tl.dot(beside(c, d), x1) * s1[:, None]
         else:
-            group = 4 * tile * padded
-            s0, z0 = _meta(scales_at + group, zeros_at + group, SYMMETRIC, SCALE)
-            group += padded
-            s1, z1 = _meta(scales_at + group, zeros_at + group, SYMMETRIC, SCALE)
-            group += padded
-            s2, z2 = _meta(scales_at + group, zeros_at + group, SYMMETRIC, SCALE)
-            group += padded
-            s3, z3 = _meta(scales_at + group, zeros_at + group, SYMMETRIC, SCALE)
-            x0 = _inputs(x_at, rows_ok, left, RAGGED, FORM)
-            x1 = _inputs(x_at + 32, rows_ok, k < K - tile * 128 - 32, RAGGED, FORM)
-            x2 = _inputs(x_at + 64, rows_ok, k < K - tile * 128 - 64, RAGGED, FORM)
-            x3 = _inputs(x_at + 96, rows_ok, k < K - tile * 128 - 96, RAGGED, FORM)
-            a, b, c, d = pairs(q, z0, z1, z2, z3, DTYPE, SYMMETRIC, FORM)
-            acc += tl.dot(a, x0) * s0[:, None]
-            acc += tl.dot(b, x1) * s1[:, None]
-            acc += tl.dot(c, x2) * s2[:, None]
-            acc += tl.dot(d, x3) * s3[:, None]
+            acc = _turn(acc, q, x + x_in, rows_ok, k, left, scales_at, zeros_at, tile, padded,
+                        GROUP, FOLD, SYMMETRIC, RAGGED, SCALE, DTYPE, FORM, BM >= 32)  # fmt: skip
         words_at += 1024
-        x_at += 128
+        x += 128
     if GROUP == 0:
         acc *= scale[:, None]
-
     if SPLIT == 1:
         _write(acc, bias, y, n, m, N, M, BIAS)
     else:
-        block = block_m * tl.num_programs(0) + block_n
-        at = partials + block.to(tl.int64) * (SPLIT * BN * BM) + rows[:, None] * BM + tl.arange(0, BM)[None, :]
-        tl.store(at + part * (BN * BM), acc)
-        tl.debug_barrier()  # the sums of all threads are written before the one that counts says so
-        arrived = tl.atomic_add(counters + block, 1, sem="acq_rel")
-        if arrived == SPLIT - 1:
-            total = tl.zeros((BN, BM), tl.float32)
-            for other in range(SPLIT):
-                total += tl.load(at + other * (BN * BM), cache_modifier=".cg")
-            _write(total, bias, y, n, m, N, M, BIAS)
-            tl.store(counters + block, 0)
+        _together(acc, bias, y, partials, counters, n, m, N, M, BM, BN, SPLIT, BIAS)

@@ -4,8 +4,8 @@ Needs triton alone (its wheel has the assembler and both disassemblers), no torc
 Triton must not interpret in the process: under TRITON_INTERPRET=1 nothing can be compiled.
 
 What is read of the loop over K, the only loop with tensor-core instructions: how many instructions it has for each weight
-(loop instructions * threads / weights that one turn takes), its loads that are narrower than 16 bytes, its stores to shared
-memory. For AMD: registers spilled and shared memory, from the kernel's own metadata.
+(loop instructions * threads / weights that one turn takes), its loads of less than 8 bytes, its stores to shared memory.
+Registers, shared memory and what is spilled come from the assembler, for AMD from the kernel's own metadata.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from llmq.errors import LlmqError
-from llmq.kernels.launch import Launch
+from llmq.kernels.launch import Launch, compiler_options
 
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*)")
 LABEL = re.compile(r"\s*(\.L_x_\d+):")
-PRODUCTS = ("HGMMA", "HMMA", "QGMMA", "UTCHMMA", "UTCMMA")
+AMD_INSTRUCTION = re.compile(r"\s+([a-z]\w+)(.*)")
+AMD_LABEL = re.compile(r"(\.LBB\d+_\d+):")
+PRODUCTS = ("HGMMA", "HMMA", "QGMMA", "UTCHMMA", "UTCMMA", "v_mfma", "v_wmma")
+LANES = {"gfx942": 64}  # of a warp; elsewhere 32
 POINTERS = ("x", "words", "scales", "zeros", "bias", "y", "partials", "counters")
 
 
@@ -39,27 +42,63 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What the machine code says. product: the tensor-core instruction. per_weight: loop instructions, None if not read.
+class Unpacking:
+    """One compiled specialization of the dequantize kernel; fields as in `Case`. Scales have the output's dtype."""
 
-    narrow: loads in the loop of less than 16 bytes. stored: stores to shared memory in the loop. stack: bytes of local
-    memory, or spilled registers on AMD.
+    arch: str
+    dtype: str
+    bits: int
+    group: int
+    symmetric: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the machine code says. product: the tensor-core instruction. per_weight: loop instructions.
+
+    Of the dequantize kernel, which has no loop, all instructions are read.
+
+    narrow: loads of global memory in the loop of less than 8 bytes. stored: stores to shared memory in the loop.
+    stack: bytes of local memory, or spilled registers on AMD.
     """
 
     registers: int
     stack: int
     shared: int
     product: str
-    per_weight: float | None
+    per_weight: float
     narrow: int
     stored: int
     conversions: int
 
 
-def read(case: Case) -> Report:
+def read(case: Case | Unpacking) -> Report:
     """Compile a case and read it. `LlmqError` where Triton interprets."""
-    compiled = compile_case(case)
-    return _amd(compiled) if case.arch.startswith("gfx") else _nvidia(compiled, case)
+    reader = _amd if case.arch.startswith("gfx") else _nvidia
+    if isinstance(case, Case):
+        return reader(compile_case(case), case.arch, case.launch.warps, 128 * case.launch.bn, False)
+    from llmq.kernels._w4_dequant import ROWS, WARPS
+
+    return reader(compile_unpacking(case), case.arch, WARPS, ROWS * 512, True)
+
+
+def compile_unpacking(case: Unpacking) -> Any:
+    """Triton's compiled kernel, as `llmq.kernels.dequant` would launch it for K divisible by 512."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from llmq.kernels._w4_dequant import ROWS, WARPS, w4_dequant
+
+    types = {"words": "*i32", "scales": f"*{case.dtype}", "zeros": "*i32", "out": f"*{case.dtype}"}
+    aligned = (*types, "K", "width")
+    types |= dict.fromkeys(("first", "N", "K", "width", "groups"), "i32")
+    constants = {"BN": ROWS, "BITS": case.bits, "GROUP": case.group, "SYMMETRIC": case.symmetric}
+    names = list(w4_dequant.arg_names)
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(w4_dequant, types | dict.fromkeys(constants, "constexpr"), constants, attributes)
+    options = {"num_warps": WARPS, "enable_fp_fusion": False}
+    return triton.compile(source, target=_target(case.arch, GPUTarget), options=options)
 
 
 def compile_case(case: Case) -> Any:
@@ -91,8 +130,9 @@ def compile_case(case: Case) -> Any:
     names = list(w4_swap.arg_names)
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*POINTERS, "K", "stride")}
     source = ASTSource(w4_swap, types | dict.fromkeys(constants, "constexpr"), constants, aligned)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=_target(case.arch, GPUTarget), options=options)
+    return triton.compile(
+        source, target=_target(case.arch, GPUTarget), options=compiler_options(case.arch, case.launch)
+    )
 
 
 def _target(arch: str, make: Any) -> Any:
@@ -101,7 +141,7 @@ def _target(arch: str, make: Any) -> Any:
     return make("hip", arch, 64 if arch.startswith("gfx9") else 32)
 
 
-def _nvidia(compiled: Any, case: Case) -> Report:
+def _nvidia(compiled: Any, arch: str, warps: int, weights: int, whole: bool) -> Report:
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -110,57 +150,64 @@ def _nvidia(compiled: Any, case: Case) -> Report:
         file.flush()
         used = _run(tools / "cuobjdump", "-res-usage", file.name)
         code = _run(tools / "nvdisasm", "-c", file.name)
-    loop = k_loop(code)
+    loop = k_loop(code, whole=whole)
     names = Counter(name for name, _ in loop)
     roots = Counter(name.split(".")[0] for name, _ in loop)
     loads = {name: n for name, n in names.items() if name.split(".")[0] in ("LDG", "LDGSTS")}
-    threads, weights = 32 * case.launch.warps, 128 * case.launch.bn
     return Report(
         registers=_number(r"REG:(\d+)", used),
         stack=_number(r"STACK:(\d+)", used) + len(re.findall(r"\b(?:LDL|STL)\b", code)),
         shared=compiled.metadata.shared,
         product=next((root for root in PRODUCTS if roots[root]), "none"),
-        per_weight=round(len(loop) * threads / weights, 2),
+        per_weight=round(len(loop) * LANES.get(arch, 32) * warps / weights, 2),
         narrow=sum(n for name, n in loads.items() if ".128" not in name and ".64" not in name),
         stored=roots["STS"] + roots["STSM"],
         conversions=sum(n for root, n in roots.items() if root in ("I2F", "I2FP")),
     )
 
 
-def k_loop(code: str) -> list[tuple[str, str]]:
-    """(name, operands) of the instructions of the loop with the most tensor-core instructions in a listing."""
+def k_loop(
+    code: str, label: re.Pattern[str] = LABEL, one: re.Pattern[str] = INSTRUCTION, whole: bool = False
+) -> list[tuple[str, str]]:
+    """(name, operands) of the instructions of the loop with the most tensor-core instructions in a listing, or of all."""
     labels: dict[str, int] = {}
     found: list[tuple[str, str]] = []
     loops: list[list[tuple[str, str]]] = []
     for line in code.splitlines():
-        label = LABEL.match(line)
-        if label:
-            labels[label[1]] = len(found)
-        instruction = INSTRUCTION.search(line)
+        here = label.match(line)
+        if here:
+            labels[here[1]] = len(found)
+        instruction = one.search(line) if one is INSTRUCTION else one.fullmatch(line)
         if instruction:
             found.append((instruction[1], instruction[2]))
-            target = re.search(r"\.L_x_\d+", instruction[2]) if instruction[1].startswith("BRA") else None
+            target = re.search(r"\.L\w+", instruction[2]) if re.match(r"BRA|s_c?branch", instruction[1]) else None
             if target and target[0] in labels:
                 loops.append(found[labels[target[0]] :])
+    if whole:
+        return found
     # Of nested loops the inner one, which is the shorter.
     return max(loops, key=lambda loop: (_products(loop), -len(loop)), default=[])
 
 
 def _products(loop: list[tuple[str, str]]) -> int:
-    return sum(name.split(".")[0] in PRODUCTS for name, _ in loop)
+    return sum(name.split(".")[0].startswith(PRODUCTS) for name, _ in loop)
 
 
-def _amd(compiled: Any) -> Report:
+def _amd(compiled: Any, arch: str, warps: int, weights: int, whole: bool) -> Report:
     code = compiled.asm["amdgcn"]
-    product = re.search(r"v_(mfma|wmma)\w*", code)
+    loop = k_loop(code, AMD_LABEL, AMD_INSTRUCTION, whole)
+    names = [name for name, _ in loop]
+    product = next((root[2:] for root in PRODUCTS for name in names if name.startswith(root)), "none")
     return Report(
         registers=_number(r"\.vgpr_count:\s+(\d+)", code),
         stack=_number(r"\.vgpr_spill_count:\s+(\d+)", code) + _number(r"\.private_segment_fixed_size:\s+(\d+)", code),
         shared=compiled.metadata.shared,
-        product=product[1] if product else "none",
-        per_weight=None,
-        narrow=0,
-        stored=0,
+        product=product,
+        per_weight=round(len(loop) * LANES.get(arch, 32) * warps / weights, 2),
+        narrow=sum(
+            bool(re.match(r"(global|buffer)_load_(u?short|u?byte|dword$|b32|[ui]16|d16)", name)) for name in names
+        ),
+        stored=sum(name.startswith(("ds_write", "ds_store")) for name in names),
         conversions=len(re.findall(r"v_cvt_f(?:32|16)_[iu]\d+", code)),
     )
 

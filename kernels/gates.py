@@ -1,64 +1,82 @@
 """Which launches are compiled ahead of time, and what their machine code must look like.
 
-The cases are those that the rules of `llmq.kernels.launch` and the tables in `kernels/tuned/` can choose: every bucket and
-width at groups of 128, both dtypes, symmetric and not; other groups at one bucket, since a bucket changes the number of
-products and a group the code between them. Split K is compiled in, bias too.
+The cases are those that the rules of `llmq.kernels.launch` choose: every bucket and width at groups of 128, both dtypes,
+symmetric and not; other groups at the smallest and the largest common block, where registers are fewest and most. Split K
+is compiled in, bias too. And the dequantize kernel at every width.
+
+Two kinds of gates. Rules, the same for every version of Triton: nothing in local memory, shared memory within the
+architecture's, its best tensor-core instruction, no integer converted to a float, no narrow load of weights or x, no store
+to shared memory in the loop, and the design's instructions for each weight where it has some (`DESIGN`). And a ratchet:
+`limits.json` has what each version of Triton reached for each case plus `SLACK`; `check_kernels.py --write` lowers what has
+become better and adds what is new, and raises nothing.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 
-from llmq.kernels.ahead import Case, Report
-from llmq.kernels.launch import BUCKETS, Launch, form_of
+from llmq.kernels.ahead import Case, Report, Unpacking
+from llmq.kernels.launch import Launch, buckets, form_of, warps_of
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
 # Bytes of shared memory that one block may have.
 SHARED = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64, "gfx1100": 64}
-# Instructions for each weight in the loop over K, sm_90, triton 3.9: set close above what was reached, and only to fall.
-# The design's limit is 3.0 for few rows in float16, symmetric, groups of 128 (reached: 2.92; 2.28 at bn 128).
-FEWEST = 3.0
-WIDE = -0.5  # bn 128: addresses and waits are shared by twice the weights
-PORTABLE = 0.5  # a shift for each pair (reached: 3.33)
-BF16 = 0.3  # no high codes without a shift
-ZEROS = 0.25  # constants made of each group's zero points
-ROWS = {8: 0.0, 16: 0.0, 32: 0.4, 64: 1.15}  # scaling sums: bm / 128 for each weight and group, and copies of x
-GROUPS = {0: 0.0, 128: 0.0, 64: 0.4, 32: 1.2}  # sums are scaled twice and four times as often
-GROUP_ZEROS = {0: 0.0, 128: 0.0, 64: 0.3, 32: 0.45}
+PRODUCT = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "mfma", "gfx1100": "wmma"}
+# sm_90, float16, symmetric, groups of 128: a GPU at its memory's limit has time for 4 instructions a weight.
+DESIGN = {"assembly": 3.0, "portable": 4.0}
+# ... and what does not reach it, where the rules do not choose it unless N / 64 is odd (bn 64), or two blocks would cost
+# more (bm 128: 3.84 to 3.88 for 128 rows against twice 2.71 for 64).
+EXEMPT = {(32, 64): 3.1, (64, 64): 3.5, (128, 64): 4.15, (128, 128): 3.9}
+# Dequantizing writes 2 bytes for each weight: an H200 at its memory's limit has time for 19 instructions.
+UNPACKING = 19.0
+SLACK = 0.03
+LIMITS = Path(__file__).resolve().parent / "limits.json"
 
 
-def cases(arch: str) -> Iterator[Case]:
+def cases(arch: str) -> Iterator[Case | Unpacking]:
     """The launches of an architecture."""
-    stages = 2 if arch.startswith("gfx") else 4
-    for dtype, name in (("fp16", "float16"), ("bf16", "bfloat16")):
+    for bits in (2, 3, 4, 8):
+        yield Unpacking(arch, "fp16", bits, 128, True)
+        yield Unpacking(arch, "bf16", bits, 32, False)
+        yield Unpacking(arch, "fp16", bits, 0, False)
+    sizes = buckets(arch)
+    for dtype in ("fp16", "bf16"):
         for symmetric in (True, False):
-            form = form_of(arch, name)
-            for bm in BUCKETS:
+            for bm in sizes:
                 for bn in (64, 128):
-                    warps = 8 if bm == 64 and bn == 128 else 4
-                    yield Case(arch, dtype, 128, symmetric, Launch(bm, bn, warps, stages, 4, form))
-            for group in (0, 64, 32):
-                yield Case(arch, dtype, group, symmetric, Launch(16, 64, 4, stages, 4, form))
-        if arch == "sm_90":
-            for bn in (64, 128):
-                yield Case(arch, dtype, 128, True, Launch(16, bn, 4, stages, 4, "portable"))
+                    yield case_of(arch, dtype, 128, symmetric, bm, bn)
+            for bm, bn in [(16, 64), (64, 128)] + [(bm, 128) for bm in sizes if bm > 64]:
+                for group in (0, 64, 32):
+                    yield case_of(arch, dtype, group, symmetric, bm, bn)
+    if arch == "sm_90":
+        yield from (case_of(arch, "fp16", 128, True, 16, bn, "portable") for bn in (64, 128))
 
 
-def most_per_weight(case: Case) -> float:
-    """The limit of a case in instructions for each weight."""
-    limit = FEWEST + ROWS[case.launch.bm] + GROUPS[case.group]
-    limit += WIDE if case.launch.bn == 128 else 0.0
-    limit += PORTABLE if case.launch.form == "portable" else 0.0
-    limit += BF16 if case.dtype == "bf16" else 0.0
-    return round(limit if case.symmetric else limit + ZEROS + GROUP_ZEROS[case.group], 2)
+def few_cases(arch: str) -> Iterator[Case | Unpacking]:
+    """Those that CI has time for: the design's own, and for each architecture the extremes."""
+    yield Unpacking(arch, "fp16", 4, 128, True)
+    yield Unpacking(arch, "bf16", 3, 32, False)
+    sizes = buckets(arch)
+    if arch == "sm_90":
+        yield from (case_of(arch, "fp16", 128, True, bm, bn) for bm in sizes for bn in (64, 128))
+        yield case_of(arch, "fp16", 128, True, 16, 64, "portable")
+    else:
+        yield from (case_of(arch, "fp16", 128, True, 16, bn) for bn in (64, 128))
+    yield from (case_of(arch, "bf16", 32, False, bm, bn) for bm, bn in ((16, 64), (sizes[-1], 128)))
 
 
-def failures(case: Case, report: Report) -> list[str]:
-    """The gates that a report fails, in words with the value and the limit.
+def case_of(arch: str, dtype: str, group: int, symmetric: bool, bm: int, bn: int, form: str | None = None) -> Case:
+    """A case with the warps and stages of the rules, K split into four."""
+    stages = 2 if arch.startswith("gfx") else 4
+    form = form or form_of(arch, "float16" if dtype == "fp16" else "bfloat16")
+    return Case(arch, dtype, group, symmetric, Launch(bm, bn, warps_of(arch, bm, bn), stages, 4, form))
 
-    Everywhere: nothing in local memory, shared memory within the architecture's, tensor cores used, no conversion of
-    integers. The loop's gates hold for sm_90, whose machine code the design was made on.
-    """
+
+def failures(case: Case | Unpacking, report: Report, version: str) -> list[str]:
+    """The gates that a report fails, in words with the value and the limit. version: of Triton."""
     found = []
     if report.stack:
         found.append(f"stack {report.stack}")
@@ -66,24 +84,66 @@ def failures(case: Case, report: Report) -> list[str]:
         found.append(f"smem {report.shared} > {SHARED[case.arch]} KB")
     if report.conversions:
         found.append(f"{report.conversions} conversions of integers")
-    if report.product == "none":
-        found.append("no tensor cores")
-    if case.arch == "sm_90":
+    if isinstance(case, Case):
         found += _loop_failures(case, report)
+    limit = most_per_weight(case, version)
+    if limit is not None and report.per_weight > limit:
+        found.append(f"{report.per_weight} instructions a weight > {limit}")
     return found
 
 
 def _loop_failures(case: Case, report: Report) -> list[str]:
+    """The product, loads and stores in the loop. AMD's pipeline goes through registers to shared memory by design."""
     found = []
-    if case.launch.bm >= 16 and report.product != "HGMMA":
-        found.append(f"no wgmma: {report.product}")
+    # Triton 3.6 pads 8 rows to mma.sync's 16 columns, where 3.9 has a wgmma of 8.
+    wanted = PRODUCT.get(case.arch, "HMMA")
+    if report.product != wanted and not (case.launch.bm == 8 and report.product == "HMMA"):
+        found.append(f"no {wanted}: {report.product}")
+    if case.arch.startswith("gfx"):
+        return found
     # Scales and zero points of a group are words of 4 bytes; what is narrow besides them is of the weights or x.
     metas = {0: 0, 128: 1, 64: 2, 32: 4}[case.group] * (1 if case.symmetric else 2)
+    if case.group == 128:
+        metas += 1  # Triton 3.6 copies some blocks' scales in two pieces
     if report.narrow > metas:
         found.append(f"{report.narrow} narrow loads > {metas}")
-    if report.stored:
+    # sm_100's operands are in shared or tensor memory, not in registers: 64 rows are stored to the former.
+    if report.stored and case.arch != "sm_100":
         found.append(f"{report.stored} stores to shared memory")
-    limit = most_per_weight(case)
-    if report.per_weight is None or report.per_weight > limit:
-        found.append(f"{report.per_weight} instructions a weight > {limit}")
     return found
+
+
+def most_per_weight(case: Case | Unpacking, version: str) -> float | None:
+    """The limit of a case in instructions for each weight; None where nothing is known of this version of Triton."""
+    design = None
+    if isinstance(case, Unpacking):
+        design = UNPACKING if case.arch == "sm_90" else None
+    elif (case.arch, case.dtype, case.group, case.symmetric) == ("sm_90", "fp16", 128, True):
+        exempt = EXEMPT.get((case.launch.bm, case.launch.bn), 0.0)
+        design = max(exempt, DESIGN[case.launch.form])
+    reached = _limits().get(version, {}).get(key(case))
+    return min((limit for limit in (design, reached) if limit is not None), default=None)
+
+
+def key(case: Case | Unpacking) -> str:
+    """The name of a case in `limits.json`."""
+    zeros = "symmetric" if case.symmetric else "zeros"
+    what = case.launch if isinstance(case, Case) else f"{case.bits} bits dequantized"
+    return f"{case.arch} {case.dtype} g{case.group} {zeros} {what}"
+
+
+@cache
+def _limits() -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = json.loads(LIMITS.read_text()) if LIMITS.exists() else {}
+    return found
+
+
+def ratchet(rows: list[tuple[Case | Unpacking, Report]], version: str) -> None:
+    """Write what was reached to `limits.json`, where that is less than what is there or nothing is."""
+    limits = {name: dict(found) for name, found in _limits().items()}
+    kept = limits.setdefault(version, {})
+    for case, report in rows:
+        reached = round(report.per_weight + SLACK, 2)
+        kept[key(case)] = min(reached, kept.get(key(case), reached))
+    ordered = {name: dict(sorted(limits[name].items())) for name in sorted(limits)}
+    LIMITS.write_text(json.dumps(ordered, indent=1) + "\n")

@@ -11,9 +11,11 @@ The nearest row: of the same dtype, group and bucket, the one with the least |lo
 within a factor of 4 in all); ties go to the larger n, then k. It must also fit: bn divides the padded N, and every part
 of a split has a tile. `group` 0 is per channel.
 
-The rules, where nothing was measured. bm: the bucket. bn: 128 where that still gives every processor a block, for fewer
-instructions a weight; else 64. split: doubled while blocks fill less than two on each processor and every part keeps
-`LEAST_TILES` tiles. Left out: more than 4 warps below bm 64 (registers suffice), a form of unpacking other than by vendor.
+The rules, where nothing was measured, are made of the machine code that `scripts/check_kernels.py` reads. bm: the bucket.
+bn: 128 where the padded N has an even number of tiles and either every processor still gets a block, or bm is 32 or more,
+or the device is sm_100: a wide block has a quarter (sm_90) to a half (sm_100) less instructions a weight. Else 64. split:
+doubled while blocks fill less than two on each processor and every part keeps `LEAST_TILES` tiles. warps: `warps_of`.
+Left out: a form of unpacking other than by vendor.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 BUCKETS = (8, 16, 32, 64)
+MIDDLE = (128,)
 LEAST_TILES = 4
 MOST_SPLIT = 16
 FARTHEST = 2.0
@@ -71,26 +74,40 @@ class Device:
     processors: int
 
 
-def bucket(rows: int) -> int:
+def buckets(arch: str) -> tuple[int, ...]:
+    """The blocks of x's rows.
+
+    128 needs sums or weights outside of the registers of `mma.sync`, and 157 KB of shared memory. AMD's products take 16
+    rows: 8 are padded through shared memory, with more registers and instructions than 16 have.
+    """
+    if arch.startswith("gfx"):
+        return BUCKETS[1:]
+    return BUCKETS + MIDDLE if arch in ("sm_90", "sm_100") else BUCKETS
+
+
+def bucket(arch: str, rows: int) -> int:
     """The block that M rows of x are padded to; M beyond the last takes several."""
-    return next((size for size in BUCKETS if rows <= size), BUCKETS[-1])
+    sizes = buckets(arch)
+    return next((size for size in sizes if rows <= size), sizes[-1])
 
 
 def configure(device: Device, dtype: str, group: int, rows: int, n: int, k: int, table: Sequence[Row] = ()) -> Launch:
     """The configuration for x [rows, k] of `dtype` and a weight [n, k]. group: columns per scale, 0 per channel."""
     if rows < 1:
         raise ValueError(f"there is nothing to launch for {rows} rows")
-    size, tiles, form = bucket(rows), -(-k // 128), form_of(device.arch, dtype)
+    size, tiles, form = bucket(device.arch, rows), -(-k // 128), form_of(device.arch, dtype)
     found = nearest(table, dtype, group, size, n, k)
     if found is not None:
         return Launch(size, found.bn, found.warps, found.stages, found.split, form)
     row_tiles, down = -(-n // 64), -(-rows // size)
-    wide = row_tiles % 2 == 0 and row_tiles // 2 * down >= device.processors
+    sparing = size >= 32 or device.arch == "sm_100" or row_tiles // 2 * down >= device.processors
+    wide = sparing and row_tiles % 2 == 0
+    bn = 128 if wide else 64
     blocks = (row_tiles // 2 if wide else row_tiles) * down
     split = 1
     while split < MOST_SPLIT and blocks * split < 2 * device.processors and tiles >= 2 * split * LEAST_TILES:
         split *= 2
-    return Launch(size, 128 if wide else 64, 8 if wide and size == 64 else 4, _stages(device.arch), split, form)
+    return Launch(size, bn, warps_of(device.arch, size, bn), _stages(device.arch), split, form)
 
 
 def nearest(table: Sequence[Row], dtype: str, group: int, size: int, n: int, k: int) -> Row | None:
@@ -110,6 +127,30 @@ def form_of(arch: str, dtype: str) -> str:
     if arch.startswith("sm_"):
         return "assembly"
     return "upcast" if arch == "interpreter" and dtype == "bfloat16" else "portable"
+
+
+def warps_of(arch: str, bm: int, bn: int) -> int:
+    """The fewest warps of a block that spill no registers: more of them share fewer weights each.
+
+    sm_90 and sm_100 keep weights or sums where `mma.sync` has no room, and 4 suffice up to 64 rows. RDNA's waves have half
+    the lanes of CDNA's: with as few of them it spilled 213 to 437 registers.
+    """
+    full = bm * bn >= 64 * 128
+    if arch.startswith(("gfx10", "gfx11", "gfx12")):
+        return 16 if full else 4 if bn == 64 and bm <= 32 else 8
+    if arch in ("sm_90", "sm_100"):
+        return 8 if bm * bn > 64 * 128 else 4
+    return 8 if full else 4
+
+
+def compiler_options(arch: str, launch: Launch) -> dict[str, Any]:
+    """What Triton's compiler is told for a launch, ahead of time as at run time.
+
+    maxnreg: left to itself ptxas spills to fit one block more into a processor (62 accesses of local memory on sm_100).
+    enable_fp_fusion: multiply-add; its default differs between versions of Triton.
+    """
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    return options | {"maxnreg": 255} if arch.startswith("sm_") else options
 
 
 def _stages(arch: str) -> int:

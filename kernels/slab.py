@@ -1,9 +1,10 @@
 """Dequantize a slab of output rows, multiply, go on: any width, any device, many rows of x. Differentiable in x.
 
-The dense weight never exists whole: one slab of about `SLAB` weights does, in x's dtype. Codes are taken apart byte by
-byte (`llmq.core.packing`), which is several times faster on CPUs than shifting int32 words. (code - zero) * scale is
-computed in float32, where it is exact, and rounded once to x's dtype: the same bits as `QuantizedWeight.dequantize`,
-and faster than bfloat16 arithmetic, which converts for every operation.
+The dense weight never exists whole: one slab of about `SLAB` weights does, in x's dtype. On GPUs one pass of a Triton
+kernel makes it (`llmq.kernels.dequant`), in slabs that fit the second-level cache, where the matmul finds them. Elsewhere
+codes are taken apart byte by byte (`llmq.core.packing`), which is several times faster on CPUs than shifting int32 words.
+(code - zero) * scale is computed in float32, where it is exact, and rounded once to x's dtype: the same bits as
+`QuantizedWeight.dequantize`, and faster than bfloat16 arithmetic, which converts for every operation.
 
 Under autograd and torch.compile the loop is one operator, `llmq::slab_linear`: autograd would keep every slab for the
 backward, and a compiler would unroll the loop. Left out: a gradient of the weight.
@@ -24,10 +25,12 @@ import torch
 from torch import Tensor
 
 from llmq.core.packing import unpack
+from llmq.kernels import dequant
 from llmq.kernels.problem import Packed, Problem
 
 NAME = "slab"
 SLAB = 1 << 20
+GPU_SLAB = 1 << 24  # 32 MB in 16 bits
 
 
 def refusal(problem: Problem) -> str | None:
@@ -77,11 +80,15 @@ def zero_points(packed: Packed) -> Tensor | None:
 
 def _slabs(packed: Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """The output rows of every slab, and their dense weight."""
-    zero = zero_points(packed)
-    step = max(1, SLAB // packed.columns)
+    fused = dequant.takes(packed, dtype)
+    zero = None if fused else zero_points(packed)
+    step = max(1, (GPU_SLAB if fused else SLAB) // packed.columns)
     for start in range(0, packed.rows, step):
         stop = min(start + step, packed.rows)
-        yield slice(start, stop), dequantize(packed, zero, start, stop, dtype)
+        if fused:
+            yield slice(start, stop), dequant.dequantize(packed, start, stop, dtype)
+        else:
+            yield slice(start, stop), dequantize(packed, zero, start, stop, dtype)
 
 
 def _multiply(x: Tensor, packed: Packed) -> Tensor:

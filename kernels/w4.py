@@ -1,7 +1,7 @@
 """The Triton kernel for weights of 4 bits and few rows of x: checks, launch, operator. Device code: `_w4_swap`.
 
-Weights are read packed, once for every 64 rows of x; sums are float32; y is rounded once. float16 and bfloat16, symmetric and
-asymmetric, groups of 32, 64, multiples of 128 or per channel, any N, K and M >= 0.
+Weights are read packed, once for every 64 rows of x (128 on sm_90 and sm_100); sums are float32; y is rounded once.
+float16 and bfloat16, symmetric and asymmetric, groups of 32, 64, multiples of 128 or per channel, any N, K and M >= 0.
 
 Triton is imported by the first launch. On the CPU the kernel runs in Triton's interpreter, where TRITON_INTERPRET=1 was
 set before triton was imported: for tests, a thousand times slower than anything else.
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from llmq.errors import LlmqError
 from llmq.kernels import layout, slab
-from llmq.kernels.launch import Device, Launch, configure, table_of
+from llmq.kernels.launch import Device, Launch, compiler_options, configure, table_of
 from llmq.kernels.layout import Tiled
 from llmq.kernels.problem import Packed, Problem
 
@@ -34,6 +34,8 @@ MOST_ROWS = 256
 OLDEST = (8, 0)
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 SLAB_COUNTERS = 1 << 16
+# Within a block offsets are of 32 bits, between blocks of 64: 128 rows of x lie within 2**31 elements.
+FARTHEST_ROW = 1 << 24
 
 
 def refusal(problem: Problem) -> str | None:
@@ -129,6 +131,8 @@ def check(x: Tensor, tiled: Tiled, bias: Tensor | None) -> None:
     reason = layout.refusal(tiled.columns, tiled.group_size, 4, tiled.scales.dtype)
     if reason:
         raise LlmqError(f"the kernel {reason}")
+    if tiled.columns >= FARTHEST_ROW or tiled.scales.numel() >= 1 << 31:
+        raise LlmqError(f"the kernel takes fewer than {FARTHEST_ROW} columns and 2**31 scales; got {tiled.columns}")
     if tiled.zeros is not None:
         _check_stored("zeros", tiled.zeros, torch.int16, pairs)
     if bias is not None:
@@ -167,7 +171,8 @@ def _aligned(x: Tensor) -> Tensor:
     """x with a last dimension without gaps and divisible by 16, rows as far apart, and a first byte at 16: else a copy."""
     columns = x.shape[1]
     stride = x.stride(0) if x.shape[0] > 1 else 16
-    if columns % 16 == 0 and x.stride(1) == 1 and stride % 16 == 0 and x.data_ptr() % 16 == 0:
+    near = 0 <= stride < FARTHEST_ROW
+    if near and columns % 16 == 0 and x.stride(1) == 1 and stride % 16 == 0 and x.data_ptr() % 16 == 0:
         return x
     return torch.nn.functional.pad(x, (0, -columns % 16)).clone(memory_format=torch.contiguous_format)
 
@@ -191,7 +196,7 @@ def _launch(x: Tensor, tiled: Tiled, bias: Tensor | None, y: Tensor, launch: Lau
         BM=launch.bm, BN=launch.bn, STAGES=launch.stages, SPLIT=launch.split, GROUP=_group(tiled),
         SYMMETRIC=tiled.zeros is None, BIAS=bias is not None, RAGGED=x.shape[1] % layout.TILE_COLUMNS != 0,
         SCALE=tl.float16 if tiled.scales.dtype == torch.float16 else tl.bfloat16, FORM=launch.form,
-        num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True,
+        **compiler_options(_device(x.device).arch, launch),
     )  # fmt: skip
 
 

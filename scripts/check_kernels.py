@@ -1,9 +1,10 @@
 """Compile the GPU kernels for every architecture without a GPU, and fail where the machine code is not what was designed.
 
-    python scripts/check_kernels.py [--arch sm_90 --arch gfx942] [--jobs 2] [--json FILE]
+    python scripts/check_kernels.py [--arch sm_90 --arch gfx942] [--quick] [--jobs 2] [--json FILE] [--write]
 
-One table: a row for each compiled launch, with the gates that it failed. Needs triton and rich, nothing else of llmq's
-dependencies. Never under TRITON_INTERPRET: nothing is compiled there.
+One table: a row for each compiled launch, with the gates that it failed. All of them take a core ten minutes,
+`--quick` one. Needs triton and rich, nothing else of llmq's dependencies. Never under TRITON_INTERPRET:
+nothing is compiled there.
 """
 
 from __future__ import annotations
@@ -21,27 +22,39 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rich.console import Console
 from rich.table import Table
 
-from llmq.kernels.ahead import Case, Report, read
-from llmq.kernels.gates import ARCHITECTURES, cases, failures
+from llmq.kernels.ahead import Case, Report, Unpacking, read
+from llmq.kernels.gates import ARCHITECTURES, cases, failures, few_cases, ratchet
+
+Row = tuple[Case | Unpacking, Report, list[str]]
 
 
-def _checked(case: Case) -> tuple[Case, Report, list[str]]:
+def _checked(case: Case | Unpacking) -> Row:
     report = read(case)
-    return case, report, failures(case, report)
+    return case, report, failures(case, report, _version())
+
+
+def _version() -> str:
+    import triton
+
+    return ".".join(triton.__version__.split(".")[:2])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="only this one (can be repeated)")
+    parser.add_argument("--quick", action="store_true", help="only what CI has time for")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--json", type=Path, help="write the rows here too")
+    parser.add_argument("--write", action="store_true", help="lower the limits to what is reached now, add new ones")
     asked = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("check_kernels compiles, and nothing is compiled under TRITON_INTERPRET=1: unset it", file=sys.stderr)
         return 2
-    listed = [case for arch in asked.arch or ARCHITECTURES for case in cases(arch)]
+    listed = [case for arch in asked.arch or ARCHITECTURES for case in (few_cases if asked.quick else cases)(arch)]
     with ProcessPoolExecutor(asked.jobs) as pool:
         rows = list(pool.map(_checked, listed))
+    if asked.write:
+        ratchet([(case, report) for case, report, _ in rows], _version())
     _show(rows)
     if asked.json:
         done = [asdict(case) | asdict(report) | {"failed": failed} for case, report, failed in rows]
@@ -49,10 +62,8 @@ def main() -> int:
     return int(any(failed for _, _, failed in rows))
 
 
-def _show(rows: list[tuple[Case, Report, list[str]]]) -> None:
-    import triton
-
-    table = Table(title=f"few-rows kernel, triton {triton.__version__}")
+def _show(rows: list[Row]) -> None:
+    table = Table(title=f"machine code, triton {_version()}")
     for name in (
         "arch",
         "dtype",
@@ -73,12 +84,12 @@ def _show(rows: list[tuple[Case, Report, list[str]]]) -> None:
             case.dtype,
             str(case.group or "channel"),
             "" if case.symmetric else "yes",
-            str(case.launch),
+            str(case.launch) if isinstance(case, Case) else f"dequantize {case.bits} bits",
             str(report.registers),
             str(report.stack),
             str(report.shared),
             report.product,
-            "" if report.per_weight is None else f"{report.per_weight:.2f}",
+            f"{report.per_weight:.2f}",
             "; ".join(failed) or "-",
         )
     # A pipe is not a terminal of 80 columns.

@@ -14,11 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 import llmq
 from llmq.errors import LlmqError
-from llmq.kernels import layout, reference, w4
+from llmq.kernels import layout, reference, slab, w4
+from llmq.kernels._unpack import beside4, pairs
 from llmq.kernels.launch import Launch
 from llmq.kernels.problem import Packed
 from llmq.linear import QuantLinear
@@ -96,6 +99,58 @@ def test_every_code_and_zero_point_is_exact(size: int, symmetric: bool) -> None:
     assert torch.equal(w4.multiply(x, w4.prepare(packed)).T, reference.dequantize(packed).to(F16))
 
 
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize(("scales", "dtype"), [(F16, F16), (BF16, F16), (BF16, BF16)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (70, 70, 160, 32, 64),
+        (66, 130, 320, 64, 64),
+        (130, 65, 384, 128, 128),
+        (129, 33, 512, 256, 128),
+        (140, 70, 160, 32, 128),
+        (131, 40, 37, 37, 128),
+    ],
+    ids=str,
+)
+def test_large_blocks_multiply_the_weights_of_the_slab_path(
+    shape: tuple[int, ...], scales: torch.dtype, dtype: torch.dtype, symmetric: bool
+) -> None:
+    rows, out, columns, size, bm = shape
+    packed = drawn(out, columns, size, symmetric, scales)
+    packed.scale[0, 0] = 0
+    x, bias = inputs(rows, columns, dtype), inputs(1, out, dtype)[0]
+    tiled = w4.prepare(packed)
+    folded = size < columns
+    exact = folded and FORMS[dtype] == "portable"  # elsewhere scales multiply float32 sums, or float32 weights
+    weight = slab.dequantize(packed, slab.zero_points(packed), 0, out, dtype if exact else torch.float32).double()
+    want = x.double() @ weight.T + bias.double()
+    size_of = x.double().abs() @ weight.abs().T + bias.double().abs()
+    for split in (1, 2):
+        y = w4.multiply(x, tiled, bias, Launch(bm, 64, 4, 3, split, FORMS[dtype]))
+        tiny = torch.finfo(dtype).smallest_normal
+        assert bool(((y.double() - want).abs() <= want.abs() * ROUNDING[dtype] + size_of * 2**-20 + tiny).all())
+
+
+@triton.jit
+def _unpacked(words, zeros, out, SYMMETRIC: tl.constexpr):
+    rows = tl.arange(0, 64)[:, None]
+    q, z = tl.load(words + rows * 16 + tl.arange(0, 16)[None, :]), tl.load(zeros + rows)
+    found = beside4(*pairs(q, z, z, z, z, tl.bfloat16, SYMMETRIC, "portable"))
+    tl.store(out + rows * 128 + tl.arange(0, 128)[None, :], found.to(tl.int16, bitcast=True))
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+def test_bfloat16_is_unpacked_without_its_arithmetic(symmetric: bool) -> None:
+    """What AMD runs: the bits are right even where bfloat16 cannot be added."""
+    packed = drawn(64, 128, 128, False, BF16)
+    points = reference.unpack(packed.zero.T, 4, 64).T.to(torch.int32)  # type: ignore[union-attr]
+    out = torch.empty(64, 128, dtype=torch.int16)
+    _unpacked[(1,)](layout.tile(packed).words, points * 0x10001, out, SYMMETRIC=symmetric)
+    want = reference.unpack(packed.weight, 4, 128) - (8 if symmetric else points)
+    assert torch.equal(out.view(BF16), want.to(BF16))
+
+
 def test_the_wide_block_gives_the_same_bits() -> None:
     packed, x = drawn(256, 384, 128, False, F16), inputs(5, 384, F16)
     tiled = w4.prepare(packed)
@@ -150,6 +205,10 @@ def test_bad_input_is_refused_before_any_launch() -> None:
         (x, replace(tiled, words=tiled.words.to("meta")), None, "x is on cpu, words on meta"),
         (x, tiled, torch.zeros(63, dtype=F16), r"bias must be contiguous torch.float16 \[64\]"),
         (x, tiled, torch.zeros(64), "bias must be contiguous torch.float16"),
+        (x[0], tiled, None, r"x must be \[M, 128\]; got \[128\]"),
+        (x, replace(tiled, group_size=48), None, "scales must be contiguous"),
+        (x, replace(tiled, scales=tiled.scales.float()), None, "takes scales in float16 or bfloat16"),
+        (x, replace(tiled, rows=65), None, "words must be contiguous"),
     ]
     for given, weight, bias, message in bad:
         with pytest.raises(LlmqError, match=message):
@@ -157,6 +216,18 @@ def test_bad_input_is_refused_before_any_launch() -> None:
     packed.scale[3, 1] = float("inf")
     with pytest.raises(LlmqError, match="scales must be finite; that of row 3, group 1 is inf"):
         w4.prepare(packed)
+
+
+def test_offsets_of_32_bits_are_never_exceeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiled, x = w4.prepare(drawn(64, 128, 32, True, F16)), inputs(4, 256, F16)[:, :128]
+    assert w4._aligned(x) is x
+    want = w4.run(x, tiled)
+    monkeypatch.setattr(w4, "FARTHEST_ROW", 200)
+    assert w4._aligned(x).stride() == (128, 1), "rows too far apart are copied"
+    assert torch.equal(w4.run(x, tiled), want)
+    monkeypatch.setattr(w4, "FARTHEST_ROW", 100)
+    with pytest.raises(LlmqError, match="the kernel takes fewer than 100 columns and 2"):
+        w4.run(x, tiled)
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])

@@ -43,6 +43,7 @@ from llmq.kernels import slab
 from llmq.kernels.problem import Packed, Problem
 
 NAME = "cpu_int4"
+JOINS = True
 GROUPS = (256, 128, 64, 32)
 MOST_ROWS = 48
 
@@ -87,6 +88,11 @@ def vector_code() -> str:
 def most_rows(problem: Problem) -> int | None:
     """Up to here it is faster than `slab`."""
     return MOST_ROWS
+
+
+def launch_of(problem: Problem, rows: int, device: torch.device) -> str | None:
+    """There is nothing to choose."""
+    return None
 
 
 def prepare(packed: Packed) -> Runtime:

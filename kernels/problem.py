@@ -60,12 +60,17 @@ class Kernel(Protocol):
     """One way to run a packed matmul. Members of a module, in the place of a class."""
 
     NAME: str
+    JOINS: bool
+    """Whether it makes a layout of its own, so that linears of one input gain by being run as one weight."""
 
     def refusal(self, problem: Problem) -> str | None:
         """Why this kernel does not take a problem (what follows its name in a sentence); None where it does."""
 
     def most_rows(self, problem: Problem) -> int | None:
         """The largest M for which this kernel is the right one, by measurement; None for any."""
+
+    def launch_of(self, problem: Problem, rows: int, device: torch.device) -> str | None:
+        """The configuration that M = `rows` is launched with on a device, in words; None where there is none to choose."""
 
     def prepare(self, packed: Packed) -> Any:
         """The runtime layout: what `run` needs. Made once for a weight; exact."""

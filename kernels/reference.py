@@ -14,6 +14,7 @@ from torch import Tensor
 from llmq.kernels.problem import Packed, Problem
 
 NAME = "reference"
+JOINS = False
 
 
 def refusal(problem: Problem) -> str | None:
@@ -23,6 +24,11 @@ def refusal(problem: Problem) -> str | None:
 
 def most_rows(problem: Problem) -> int | None:
     """No limit."""
+    return None
+
+
+def launch_of(problem: Problem, rows: int, device: torch.device) -> str | None:
+    """There is nothing to choose."""
     return None
 
 

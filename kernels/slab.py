@@ -29,6 +29,7 @@ from llmq.kernels import dequant
 from llmq.kernels.problem import Packed, Problem
 
 NAME = "slab"
+JOINS = False
 SLAB = 1 << 20
 GPU_SLAB = 1 << 24  # 32 MB in 16 bits
 
@@ -40,6 +41,11 @@ def refusal(problem: Problem) -> str | None:
 
 def most_rows(problem: Problem) -> int | None:
     """No limit."""
+    return None
+
+
+def launch_of(problem: Problem, rows: int, device: torch.device) -> str | None:
+    """There is nothing to choose."""
     return None
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,11 +26,12 @@ from torch import Tensor
 
 from llmq.errors import LlmqError
 from llmq.kernels import layout, slab
-from llmq.kernels.launch import Device, Launch, compiler_options, configure, table_of
+from llmq.kernels.launch import Device, Launch, bucket, compiler_options, configure, nearest, table_of
 from llmq.kernels.layout import Tiled
 from llmq.kernels.problem import Packed, Problem
 
 NAME = "triton"
+JOINS = True
 MOST_ROWS = 256
 OLDEST = (8, 0)
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -78,6 +80,17 @@ def _oldest() -> tuple[int, int] | None:
 def most_rows(problem: Problem) -> int | None:
     """Beyond it a dense matmul of dequantized slabs wins. By counting, until a GPU has measured it."""
     return MOST_ROWS
+
+
+def launch_of(problem: Problem, rows: int, device: torch.device) -> str | None:
+    """The configuration, and whether it was measured or follows the rules."""
+    if rows < 1:
+        return None
+    found, dtype = _device(device), DTYPES[problem.dtype]
+    group = 0 if problem.group_size == problem.columns else problem.group_size
+    table, sizes = table_of(found), (problem.rows, problem.columns)
+    measured = nearest(table, dtype, group, bucket(found.arch, rows), *sizes) is not None
+    return f"{configure(found, dtype, group, rows, *sizes, table)} ({'measured' if measured else 'by rule'})"
 
 
 def prepare(packed: Packed) -> Tiled:
@@ -150,8 +163,13 @@ def _check_stored(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[in
 
 def configuration(tiled: Tiled, rows: int, dtype: torch.dtype, device: torch.device) -> Launch:
     """The configuration that M = `rows` is launched with."""
+    return _configured(device, dtype, _group(tiled), rows, tiled.rows, tiled.columns)
+
+
+@cache  # at most MOST_ROWS for each shape: a look-up in the place of a search through the table in every call
+def _configured(device: torch.device, dtype: torch.dtype, group: int, rows: int, n: int, k: int) -> Launch:
     found = _device(device)
-    return configure(found, DTYPES[dtype], _group(tiled), rows, tiled.rows, tiled.columns, table_of(found))
+    return configure(found, DTYPES[dtype], group, rows, n, k, table_of(found))
 
 
 def _group(tiled: Tiled) -> int:

@@ -1,8 +1,10 @@
-"""The public verbs, composed from the layers below: `quantize`, `preview`, `load`, `enable`, `disable`, `explain`.
+"""The public verbs that make checkpoints, composed from the layers below: `quantize` and `preview`.
 
     quantize   source -> plan -> calibration windows -> blocks one at a time -> staged checkpoint -> Report
     preview    the same plan from shapes alone: every tensor before and after, totals, predicted peak memory
-    load ...   `llmq.hf.serving`
+
+Those that serve them are `llmq.hf.serving` (load, enable, disable), `llmq.launches` (explain, warmup) and
+`llmq.hf.decoding` (generate_fast).
 
 transformers is imported when a verb is called, never at import.
 """
@@ -130,34 +132,6 @@ def preview(
         return made
     how_texts_start(opened)  # refused here as it would be
     return with_writing(made, opened, calibration.num_samples, length, ROWS)
-
-
-def load(path: str | Path, kernel: str | None = None, **kwargs: Any) -> Any:
-    """A quantized checkpoint as a transformers model whose linears stay packed. See `llmq.hf.serving.load`."""
-    from llmq.hf import serving
-
-    return serving.load(path, kernel=kernel, **kwargs)
-
-
-def enable() -> None:
-    """Make `AutoModelForCausalLM.from_pretrained` (pipelines, lm-eval, ...) load our checkpoints packed, as `load` does."""
-    from llmq.hf import serving
-
-    serving.enable()
-
-
-def disable() -> None:
-    """Undo `enable`."""
-    from llmq.hf import serving
-
-    serving.disable()
-
-
-def explain(model: nn.Module) -> Any:
-    """Which kernel runs each quantized linear of a loaded model, and why the others do not."""
-    from llmq.hf import serving
-
-    return serving.explain(model)
 
 
 def pick_device(device: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llmq.api import load, pick_device
+from llmq.api import pick_device
 from llmq.calibration import read_dataset, tokens_of
 from llmq.errors import LlmqError
 from llmq.eval.divergence import divergence
@@ -24,11 +24,11 @@ PROMPT, NEW = 512, 64
 def open_model(source: Any, dtype: str, device: str = "cpu", revision: str | None = None) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder, repo id or GGUF value, plain or quantized; every float in `dtype`."""
     from llmq.hf.parts import quiet
-    from llmq.hf.serving import stored_scheme
+    from llmq.hf.serving import load, stored_scheme
     from llmq.hf.source import open_source
 
     path = isinstance(source, (str, Path)) and not str(source).endswith(".gguf")
-    hub = {"revision": revision} if revision else {}
+    hub: dict[str, Any] = {"revision": revision} if revision else {}
     if path:
         try:
             with quiet():

@@ -16,7 +16,8 @@ Left out: gradients of the weight; those of the input flow.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from operator import is_
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +30,23 @@ from llmq.kernels.problem import Kernel, Packed, Problem
 from llmq.kernels.registry import Choice, Step, choose, steps
 
 
+class Together(Protocol):
+    """Linears that read one input and are run as one: see `llmq.joined`."""
+
+    def output(self, place: int, x: Tensor) -> Tensor | None:
+        """y for x of the linear at `place` among them; None where it must compute by itself."""
+
+    def forget(self) -> None:
+        """Drop what was made of the members' tensors."""
+
+
 class QuantLinear(nn.Module):
     """y = x @ dequantized(weight)^T + bias. x: [..., in_features], floating; y: [..., out_features] in x's dtype.
 
     grid: bits, group size, symmetry. dtype: of the scales. bias: its dtype, None for no bias. kernel: force one of
     `llmq.kernels.registry` by name; `LlmqError` with all reasons at the first forward that it cannot run.
     streamed: whether the tensors are brought in for each forward and taken away after.
+    together, place: the linears that this one is run with, and which of them it is: set by `llmq.joined.join`.
     """
 
     weight_packed: nn.Parameter
@@ -55,6 +67,8 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.grid, self.kernel = in_features, out_features, grid, kernel
         self.streamed = False
+        self.together: Together | None = None
+        self.place = 0
         for name, spec in ct.specs((out_features, in_features), grid, dtype).items():
             self.register_parameter(name, _parameter(torch.empty(spec.shape, dtype=spec.dtype, device=device)))
         kept = None if bias is None else _parameter(torch.empty(out_features, dtype=bias, device=device))
@@ -79,14 +93,29 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
             raise LlmqError(f"the input must end in {self.in_features} features; got {list(x.shape)}")
-        flat = x.reshape(-1, self.in_features)  # [M, K]
-        kernel = self._kernel(x.dtype, flat.shape[0], torch.is_grad_enabled() and x.requires_grad)
-        y = kernel.run(flat, self._layout(kernel), None if self.bias is None else self.bias.to(x.dtype))
-        return y.view(*x.shape[:-1], self.out_features)
+        if self.together is not None:
+            y = self.together.output(self.place, x)
+            if y is not None:
+                return y
+        return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
+        flat = x if x.ndim == 2 else x.reshape(-1, self.in_features)  # [M, K]
+        kernel = self._kernel(x.dtype, flat.shape[0], x.requires_grad and torch.is_grad_enabled())
+        y = kernel.run(flat, self._layout(kernel), self._bias(x.dtype))
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def ready(self, dtype: torch.dtype, rows: int = 1) -> None:
-        """Make now the layout that a forward with `rows` rows of x in `dtype` needs, so that a compiled one finds it."""
+        """Make now the layout that a forward of this linear alone with `rows` rows of x in `dtype` needs, so that a compiled
+        one finds it.
+        """
         self._layout(self._kernel(dtype, rows, gradient=False))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        device: torch.device = self._stored()[0].device  # type: ignore[union-attr]
+        return device
 
     def problem(self, dtype: torch.dtype, gradient: bool = False) -> Problem:
         """What a kernel is asked to do for x of `dtype`."""
@@ -98,7 +127,7 @@ class QuantLinear(nn.Module):
             symmetric=self.grid.symmetric,
             scale_dtype=self.weight_scale.dtype,
             dtype=dtype,
-            device=self.weight_packed.device.type,
+            device=self.device.type,
             gradient=gradient,
             streamed=self.streamed,
         )
@@ -117,7 +146,7 @@ class QuantLinear(nn.Module):
         return self.quantized_weight().dequantize(dtype)
 
     def _kernel(self, dtype: torch.dtype, rows: int, gradient: bool) -> Kernel:
-        key = (dtype, gradient, self.weight_packed.device, self.streamed)
+        key = (dtype, gradient, self.device, self.streamed)
         ladder = self._ladders.get(key)
         if ladder is None:
             ladder = self._ladders[key] = steps(self.problem(dtype, gradient), self.kernel)
@@ -133,26 +162,36 @@ class QuantLinear(nn.Module):
         made = self._layouts.get(kernel.NAME)
         if made is None:
             return None
-        same = all(a is b for a, b in zip(made[0], self._stored(), strict=True))
-        return made[1] if same else None
+        return made[1] if all(map(is_, made[0], self._stored())) else None
 
-    def _stored(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self.weight_packed, self.weight_scale, getattr(self, "weight_zero_point", None)
+    def _stored(self) -> tuple[Tensor | None, ...]:
+        """The tensors that a layout is made of. Not by attribute: every forward asks, and torch looks long for those."""
+        own = self._parameters
+        return own["weight_packed"], own["weight_scale"], own.get("weight_zero_point")
+
+    def packed(self) -> Packed:
+        """The weight as kernels see it."""
+        size, (weight, scale, zero) = self.grid.columns_per_group(self.in_features), self._stored()
+        assert weight is not None and scale is not None  # noqa: PT018 - of an empty slot, torch's own error comes first
+        return Packed(self.out_features, self.in_features, self.grid.bits, size, weight, scale, zero)
+
+    def _bias(self, dtype: torch.dtype) -> Tensor | None:
+        bias = self._parameters["bias"]
+        return bias if bias is None or bias.dtype == dtype else bias.to(dtype)
 
     def _layout(self, kernel: Kernel) -> Any:
         layout = self._made(kernel)
         if layout is not None:
             return layout
-        weight, scale, zero = self._stored()
-        size = self.grid.columns_per_group(self.in_features)
-        packed = Packed(self.out_features, self.in_features, self.grid.bits, size, weight, scale, zero)
         with torch.inference_mode(False), torch.no_grad():  # what inference mode makes could not be used outside of it
-            layout = kernel.prepare(packed)
+            layout = kernel.prepare(self.packed())
         if not self.streamed:
-            self._layouts[kernel.NAME] = ((weight, scale, zero), layout)
+            self._layouts[kernel.NAME] = (self._stored(), layout)
         return layout
 
     def _forget(self) -> None:
+        if self.together is not None:
+            self.together.forget()
         self._ladders: dict[tuple[object, ...], tuple[Step, ...]] = {}
         self._layouts: dict[str, tuple[tuple[Tensor | None, ...], Any]] = {}
 

@@ -36,7 +36,9 @@ EDGES: dict[str, set[str]] = {
     "pipeline": {"blocks", "blockwork", "core", "pairs", "plan", "transforms"},
     "checkpoint": {"core", "formats"},
     "linear": {"kernels", "formats", "core"},
-    "hf": {"linear", "checkpoint", "formats", "blocks", "core", "demo"},
+    "joined": {"kernels", "core", "linear"},
+    "launches": {"kernels", "joined", "linear"},
+    "hf": {"joined", "linear", "checkpoint", "formats", "blocks", "core", "demo"},
     "report": {"blockwork", "transforms"},
     "sizing": {"walk", "formats", "heldout", "plan", "report", "hf"},
     "api": {
@@ -47,7 +49,7 @@ EDGES: dict[str, set[str]] = {
     "console": {"blockwork", "eval", "pipeline", "sizing", "report", "transforms"},
     "progress": {"calibration", "console", "pipeline", "report"},
     "cli": {"api", "console", "demo", "evaluation", "hf", "progress"},
-    "__init__": {"api"},
+    "__init__": {"api", "hf", "launches"},
 }
 OPEN = {"errors", "config"}
 HEAVY = {"transformers": {"hf", "evaluation"}, "datasets": {"eval"}, "triton": {"kernels"}}

@@ -1,4 +1,4 @@
-"""Quantized checkpoints inside transformers, packed: `load`, `enable` / `disable`, `explain`.
+"""Quantized checkpoints inside transformers, packed: `load`, `enable` / `disable`.
 
 On disk a checkpoint says `compressed-tensors`; stock transformers would decompress it. Two ways around that, neither of
 which patches any code:
@@ -20,12 +20,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -35,21 +32,23 @@ from llmq.checkpoint.reader import Checkpoint, open_checkpoint
 from llmq.errors import LlmqError
 from llmq.formats import compressed_tensors as ct
 from llmq.hf.verify import PackedLinear, check_values, find_linears
+from llmq.joined import join, make_ready
 from llmq.linear import QuantLinear
 
 OURS = "llmq"
 # What of from_pretrained's arguments decides which files are meant.
 HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder", "proxies")
-MANY_ROWS = 512
 
 
 class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """A `quantization_config` of ours, kept as it was read. kernel: force one kernel by name."""
+    """A `quantization_config` of ours, kept as it was read. kernel: force one kernel by name. ready: make the kernels'
+    layouts at once.
+    """
 
-    def __init__(self, stored: Mapping[str, Any], kernel: str | None = None) -> None:
+    def __init__(self, stored: Mapping[str, Any], kernel: str | None = None, ready: bool = True) -> None:
         self.quant_method = OURS
         self.stored = {**stored, "quant_method": ct.NAME}
-        self.kernel = kernel
+        self.kernel, self.ready = kernel, ready
         self.layout = ct.parse(self.stored)
 
     @classmethod
@@ -94,7 +93,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             _finish(module, linear, self._checkpoint if module.streamed else None)
         for linear in self._linears:
             module = model.get_submodule(linear.name)
-            if not module.streamed:
+            if self.quantization_config.ready and not module.streamed:
                 module.ready(model.dtype)
         del self._checkpoint, self._linears
         return model
@@ -141,12 +140,14 @@ def stored_scheme(path: str | Path, **hub: Any) -> dict[str, Any] | None:
     return stored if isinstance(stored, dict) else None
 
 
-def load(path: str | Path, kernel: str | None = None, **kwargs: Any) -> Any:
+def load(path: str | Path, kernel: str | None = None, fuse: bool = False, **kwargs: Any) -> Any:
     """A quantized checkpoint (folder or repo id) as a transformers model whose linears stay packed.
 
-    kernel: force one kernel by name (`llmq.kernels.registry`). kwargs: as of `AutoModelForCausalLM.from_pretrained`
+    kernel: force one kernel by name (`llmq.kernels.registry`). fuse: run linears that read one input as one
+    (`llmq.joined`); the model is saved as without. kwargs: as of `AutoModelForCausalLM.from_pretrained`
     (dtype: the checkpoint's own by default; device_map, revision, ...); with `output_loading_info` a pair is returned.
-    Raises `LlmqError` for a checkpoint that is not ours to run, naming why, and for broken files, naming the tensor.
+    Raises `LlmqError` for a checkpoint that is not ours to run, naming why, for broken files, naming the tensor, and with
+    `fuse` for offloaded weights and for linears of one input that differ.
     """
     if "quantization_config" in kwargs:
         raise LlmqError("quantization_config cannot be given: load reads the checkpoint's own")
@@ -163,13 +164,16 @@ def load(path: str | Path, kernel: str | None = None, **kwargs: Any) -> Any:
         raise LlmqError(f"{path} is not for llmq to run ({reason}): load it with transformers.AutoModelForCausalLM")
     _register()
     config = copy.deepcopy(config)
-    config.quantization_config = PackedConfig(stored, kernel)
+    config.quantization_config = PackedConfig(stored, kernel, ready=not fuse)
     wanted = kwargs.pop("output_loading_info", False)
     arguments = {"dtype": "auto", "use_safetensors": True, **kwargs}
     model, info = AutoModelForCausalLM.from_pretrained(path, config=config, output_loading_info=True, **arguments)
     missing = sorted(info["missing_keys"])
     if missing:
         raise LlmqError(f"{path}: {missing[0]} is missing" + (f", and {len(missing) - 1} more" if missing[1:] else ""))
+    if fuse:
+        join(model)
+        make_ready(model)
     return (model, info) if wanted else model
 
 
@@ -216,39 +220,3 @@ def _dispatching(stock: type) -> type:
             return (PackedConfig if ours else cls.stands_for).from_dict(config_dict, *args, **kwargs)  # type: ignore[attr-defined]
 
     return Dispatching
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """One row of `explain`: a linear, its grid in words, the kernels for one row of input and for many, and why not others.
-
-    reasons: "1 row: KERNEL WHY", for each kernel that is not used, in both cases.
-    """
-
-    name: str
-    grid: str
-    few_rows: str
-    many_rows: str
-    reasons: tuple[str, ...]
-
-    def __str__(self) -> str:
-        why = f" ({'; '.join(self.reasons)})" if self.reasons else ""
-        return f"{self.name}: {self.grid}; 1 row: {self.few_rows}; {MANY_ROWS} rows: {self.many_rows}{why}"
-
-
-def explain(model: nn.Module, dtype: torch.dtype | None = None) -> list[Explanation]:
-    """Which kernel runs each quantized linear of `model`, and why not the others. dtype: of activations (the model's)."""
-    stated = dtype or getattr(model, "dtype", None)
-    kind = stated if isinstance(stated, torch.dtype) else torch.float32
-    rows = []
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
-            few, many = module.choice(kind, 1), module.choice(kind, MANY_ROWS)
-            always = dict.fromkeys(refused for refused in few.refused if refused in many.refused)
-            told = [f"{kernel} {why}" for kernel, why in always]
-            told += [f"1 row: {kernel} {why}" for kernel, why in few.refused if (kernel, why) not in always]
-            told += [f"{MANY_ROWS} rows: {kernel} {why}" for kernel, why in many.refused if (kernel, why) not in always]
-            size = "channel" if module.grid.group_size is None else f"g{module.grid.group_size}"
-            grid = f"int{module.grid.bits} {size} {'sym' if module.grid.symmetric else 'asym'}"
-            rows.append(Explanation(name, grid, few.kernel.NAME, many.kernel.NAME, tuple(told)))
-    return rows

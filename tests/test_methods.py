@@ -75,7 +75,7 @@ def test_gptq_beats_rtn_and_search_beats_minmax_at_every_width(bits: int, symmet
         return output_errors(weight, [rounded.weight], hessian)[0]
 
     assert error("gptq", "minmax") < 0.7 * error("rtn", "minmax")
-    assert error("gptq", "search") < 0.7 * error("rtn", "search")
+    assert error("gptq", "search") < 0.9 * error("rtn", "search")  # whose scales cancel errors too: llmq.methods.joint
     if bits < 8:
         assert error("gptq", "search") < error("gptq", "minmax")
 

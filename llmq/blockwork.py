@@ -186,8 +186,15 @@ class BlockWork:
         assert self._holdout is not None
         for names, some, target in sampled:
             full = [self._planned[name].name for name in names]
-            gap = self._holdout.gap(full[0], some, hessian, tokens, partial(self._rounded, target))
-            self.reports = [replace(row, gap=gap) if row.name in full else row for row in self.reports]
+            gap: float | None = None
+            notes: tuple[str, ...] = ()
+            try:
+                gap = self._holdout.gap(full[0], some, hessian, tokens, partial(self._rounded, target))
+            except LlmqError as error:  # fewer windows may be too few to be rounded for: the real rounding had them all
+                notes = (f"its gap to held-out windows cannot be measured: {error}",)
+            self.reports = [
+                replace(row, gap=gap, notes=row.notes + notes) if row.name in full else row for row in self.reports
+            ]
 
     def _rounded(self, target: Target, weight: Tensor, hessian: Tensor) -> QuantizedWeight:
         return self._rounding(weight, hessian, target).weight

@@ -136,3 +136,16 @@ def test_few_tokens_are_told_by_width_and_many_are_not(tmp_path: Path) -> None:
     report = llmq.quantize(model, tmp_path / "many", config, ids(64))  # 2048 tokens: 32 and 16 per input
     assert all(row.gap is None for row in report.layers)
     assert not any("are few for layers" in note for note in report.notes)
+
+
+def test_a_gap_that_cannot_be_measured_is_told_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> float:
+        raise llmq.LlmqError("the Hessian cannot be factored")
+
+    monkeypatch.setattr(heldout.Holdout, "gap", refuse)
+    report = llmq.quantize(tiny_model("llama", layers=1), tmp_path / "out", llmq.QuantConfig(group_size=32), ids(3))
+    assert all(row.gap is None for row in report.layers)
+    expected = "its gap to held-out windows cannot be measured: the Hessian cannot be factored"
+    assert all(expected in row.notes for row in report.layers)

@@ -18,6 +18,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from llmq.config import DEFAULT_METHOD as DEFAULT
 from llmq.config import DTYPES, METHODS, SCALES, Calibration, QuantConfig
 from llmq.config import method as named_method
 from llmq.errors import LlmqError
@@ -30,7 +31,7 @@ ScalesName = Enum("ScalesName", {name: name for name in SCALES}, type=str)  # ty
 DtypeName = Enum("DtypeName", {name: name for name in DTYPES}, type=str)  # type: ignore[misc]
 Bits = Enum("Bits", {"four": "4", "eight": "8"}, type=str)
 
-DEFAULT_METHOD = MethodName("gptq")
+DEFAULT_METHOD = MethodName(DEFAULT)
 DEFAULT_BITS = Bits("4")
 DEFAULT_DTYPE = DtypeName("auto")
 
@@ -232,14 +233,14 @@ def open_demo(model: str) -> Any:
 
 
 def default_output(model: str, config: QuantConfig) -> Path:
-    """`MODEL-METHOD-w4g128` in the current folder, after the last part of the model's name."""
+    """`MODEL-METHOD-w4g128` in the current folder, after the last part of the model's name; only letters that hubs take."""
     from llmq.demo import DEMO_NAME
 
     name = (Path(model).resolve().name if Path(model).exists() else model.rpartition("/")[2]).removesuffix(".gguf")
     if model in DEMO_MODELS:
         name = DEMO_NAME + model.removeprefix("demo")
     group = "" if config.group_size < 0 else f"g{config.group_size}"
-    return Path(f"{name}-{config.method}-w{config.bits}{group}{'' if config.symmetric else '-asym'}")
+    return Path(f"{name}-{config.method.replace('+', '-')}-w{config.bits}{group}{'' if config.symmetric else '-asym'}")
 
 
 @contextmanager

@@ -18,6 +18,7 @@ SCALES = ("minmax", "search")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 FALLBACK_GROUP_SIZES = (128, 64, 32)
 PER_CHANNEL = -1
+DEFAULT_METHOD = "awq+gptq"  # the best of them by measurement, for 1.7 times the time of GPTQ
 SELF = "self"  # the dataset that the model writes
 
 
@@ -73,13 +74,13 @@ class QuantConfig:
         None takes the method's default.
     ignore: linears left as they are, besides the output head: an exact module name, a class name or `re:REGEX`
         (compressed-tensors' meaning).
-    damping: share of the mean of the Hessian's diagonal that is added to it (GPTQ).
+    damping: share of the mean of the Hessian's diagonal that is added to it (GPTQ, and the scales of AWQ alone).
     dtype: what the source is cast to first: `auto` keeps the source's own (bfloat16 for float32 and GGUF sources).
 
     Raises `LlmqError` on any value outside these.
     """
 
-    method: str = "gptq"
+    method: str = DEFAULT_METHOD
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True

@@ -1,4 +1,4 @@
-"""`make demo`: quantize the embedded model with RTN and GPTQ, compare, and let the result answer a question.
+"""`make demo`: quantize the embedded model with RTN, GPTQ and AWQ before GPTQ, compare, and let the result answer a question.
 
 The model comes from a 4-bit file and is dequantized first, so its weights already lie on a grid of 16 levels. The same
 is therefore done with a copy in general position (`llmq.demo`), on which the comparison of methods is a fair one.
@@ -15,6 +15,7 @@ from llmq.progress import block_progress
 
 OUT = Path("demo-out")
 WINDOWS, SEQ_LEN, EVALUATED = 16, 512, 12
+METHODS = ("rtn", "gptq", "awq+gptq")
 NAMES = {"demo": "the model as shipped (out of a 4-bit file)", "demo-general": "its copy in general position"}
 
 
@@ -27,7 +28,7 @@ def main() -> None:
     for model, words in NAMES.items():
         console.print(f"\n{words}", style="bold")
         paths = {}
-        for method in ("rtn", "gptq"):
+        for method in METHODS:
             paths[method] = OUT / f"{model}-{method}"
             with block_progress(not sys.stderr.isatty()) as progress:
                 report = llmq.quantize(
@@ -40,14 +41,14 @@ def main() -> None:
                 )
             console.print(f"{method}: {report.seconds:.0f} s -> {paths[method]}")
         results = []
-        for name, source in (("original", open_named(model)), ("rtn", paths["rtn"]), ("gptq", paths["gptq"])):
+        for name, source in (("original", open_named(model)), *paths.items()):
             with window_progress(False, name) as seen:
                 result, told = perplexity_of(source, window=SEQ_LEN, limit=EVALUATED, progress=seen)
             results.append((name, result, told))
             lines.append({"model": f"{model} {name}", **told})
         print_perplexities(console, results)
-    console.print("\nthe GPTQ model answers:", style="bold")
-    generate_text(OUT / "demo-gptq", "What is the capital of France?", max_new_tokens=60)
+    console.print("\nthe model made by AWQ and GPTQ answers:", style="bold")
+    generate_text(OUT / "demo-awq+gptq", "What is the capital of France?", max_new_tokens=60)
     print_json(lines)
 
 

@@ -58,7 +58,7 @@ def test_quantize_evaluate_generate(source: Path, tmp_path: Path) -> None:
     told = last(run("quantize", source / "model", "-o", tmp_path / "out", *calibration, *common))
     wanted = "output method bits group_size symmetric seconds peak_rss_bytes linears bits_per_weight checkpoint_bytes fallbacks"
     assert set(wanted.split()) <= set(told)
-    assert told["method"] == "gptq"
+    assert told["method"] == "awq+gptq"
     assert told["linears"] == 28
     assert told["calibration"]["windows"] == 8
     report = json.loads((tmp_path / "out" / "llmq_report.json").read_text())

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from llmq.kernels import reference, rivals, slab, w4
 from llmq.kernels.launch import Launch, configure, table_of
+from llmq.kernels.layout import Tiled
 from llmq.kernels.problem import Packed, Problem
 from llmq.kernels.registry import KERNELS, choose
 from llmq.kernels.timing import Budget, Ceilings, Effort, Timing, ceilings, copies_of, measure
@@ -131,9 +132,10 @@ def contenders(packed: Packed, plan: Plan) -> tuple[list[Contender], dict[str, s
     for kernel in KERNELS:
         reason = "is the specification, not a way to run" if kernel is reference else kernel.refusal(problem)
         if reason is None:
-            run, launch = kernel.run, partial(kernel.launch_of, problem, device=plan.device)
+            run: Callable[..., Tensor] = kernel.run
+            launch: Callable[[int], str | None] = partial(kernel.launch_of, problem, device=plan.device)
             if kernel is w4 and plan.tables is not None:
-                run, launch = _tabled(plan, plan.tables)
+                run, launch = _tabled(plan, plan.tables, packed)
             found.append(Contender(kernel.NAME, True, kernel.prepare, run, stored, launch))
         else:
             absent[kernel.NAME] = reason
@@ -141,25 +143,28 @@ def contenders(packed: Packed, plan: Plan) -> tuple[list[Contender], dict[str, s
         reason = rival.refusal(problem)
         if reason is None:
             nbytes = packed.rows * packed.columns * 2 if rival is rivals.DENSE else stored
-            found.append(Contender(rival.name, False, partial(rival.prepare, dtype=plan.dtype), rival.run, nbytes))
+            found.append(Contender(rival.name, False, partial(_prepared, rival, plan.dtype), rival.run, nbytes))
         else:
             absent[rival.name] = reason
     return found, absent
 
 
-def _tabled(plan: Plan, folder: Path) -> tuple[Callable[..., Tensor], Callable[[int], str]]:
+def _prepared(rival: rivals.Rival, dtype: torch.dtype, packed: Packed) -> Any:
+    return rival.prepare(packed, dtype)
+
+
+def _tabled(plan: Plan, folder: Path, packed: Packed) -> tuple[Callable[..., Tensor], Callable[[int], str]]:
     """The Triton kernel with the launches of a folder's table."""
     device = w4.device_of(plan.device)
     table = table_of(device, folder)
 
-    def launch(rows: int, n: int, k: int, group: int) -> Launch:
-        return configure(device, w4.DTYPES[plan.dtype], group, rows, n, k, table)
+    def launch(rows: int) -> Launch:
+        return configure(device, w4.DTYPES[plan.dtype], plan.group_size, rows, packed.rows, packed.columns, table)
 
-    def run(x: Tensor, tiled: w4.Tiled) -> Tensor:
-        group = 0 if tiled.group_size == tiled.columns else tiled.group_size
-        return w4.multiply(x, tiled, None, launch(x.shape[0], tiled.rows, tiled.columns, group))
+    def run(x: Tensor, tiled: Tiled) -> Tensor:
+        return w4.multiply(x, tiled, None, launch(x.shape[0]))
 
-    return run, lambda rows: f"of {folder.name}"
+    return run, lambda rows: f"{launch(rows)} (tables of {folder.name})"
 
 
 def _shape(plan: Plan, shape: Shape, budget: Budget, findings: Findings) -> None:

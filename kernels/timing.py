@@ -45,7 +45,7 @@ class Effort:
 
 
 QUICK = Effort(5)
-SELF_TEST = Effort(1, 1 << 20, 64)
+SELF_TEST = Effort(1, 1 << 22, 256)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def measure(calls: Sequence[Callable[[], Tensor]], device: torch.device, effort:
 
 def _replayed(calls: Sequence[Callable[[], Tensor]], device: torch.device, effort: Effort) -> Timing:
     counters.forget(device)  # the graph of the last measurement is gone
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for call in calls:  # compiles, and makes workspaces that a capture may not make
@@ -114,7 +114,7 @@ def _replayed(calls: Sequence[Callable[[], Tensor]], device: torch.device, effor
         for _ in range(rounds):
             for call in calls:
                 output = call()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(effort.samples + 1)]
+    marks = _marks(effort.samples + 1)
     with torch.cuda.stream(stream):
         graph.replay()
         graph.replay()
@@ -130,7 +130,7 @@ def _replayed(calls: Sequence[Callable[[], Tensor]], device: torch.device, effor
 
 def _rounds(calls: Sequence[Callable[[], Tensor]], stream: torch.cuda.Stream) -> int:
     """How often a graph goes through all copies."""
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    marks = _marks(2)
     marks[0].record()
     for call in calls:
         call()
@@ -138,6 +138,10 @@ def _rounds(calls: Sequence[Callable[[], Tensor]], stream: torch.cuda.Stream) ->
     stream.synchronize()
     wanted = int(GRAPH_US / max(1.0, marks[0].elapsed_time(marks[1]) * 1000)) + 1
     return max(1, min(wanted, MOST_CALLS // len(calls)))
+
+
+def _marks(count: int) -> list[torch.cuda.Event]:
+    return [torch.cuda.Event(enable_timing=True) for _ in range(count)]  # type: ignore[no-untyped-call]
 
 
 def _timing(times: list[float], calls: int, output: Tensor) -> Timing:

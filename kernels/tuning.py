@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 
 from llmq.kernels import slab, w4
-from llmq.kernels.launch import Device, Launch, Row, bucket, buckets, configure, form_of, nearest
+from llmq.kernels.launch import Device, Launch, Row, buckets, configure, form_of
 from llmq.kernels.layout import Tiled
 from llmq.kernels.problem import Packed
+from llmq.kernels.record import write
 from llmq.kernels.timing import QUICK, Budget, Effort, copies_of, measure
 from llmq.kernels.truth import Truth, draw, draw_input, judge, truth
 
@@ -38,6 +39,8 @@ SIZES = ((4096, 4096), (4096, 14336), (8192, 8192), (8192, 28672), (14336, 4096)
 SPLITS = (1, 2, 4, 8, 16)
 MOST_BLOCKS = 16  # for each processor: beyond it more parts of K cannot help
 FINALISTS = 3
+WRONG = "wrong result"
+UNSTABLE = "other bits the second time"
 CROSSOVER_ROWS = (64, 128, 192, 256, 384, 512, 1024)
 
 
@@ -59,12 +62,16 @@ class Task:
 
 @dataclass
 class Sweep:
-    """What a sweep found: rows as a table holds them, discarded configurations by reason, tasks without a row, crossovers."""
+    """What a sweep found: rows as a table holds them, discarded configurations by reason, what has no row, crossovers."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     discarded: Counter[str] = field(default_factory=Counter)
     skipped: list[str] = field(default_factory=list)
     crossover: list[dict[str, Any]] = field(default_factory=list)
+
+    def wrong(self) -> list[str]:
+        """The reasons among the discarded that mean a bug, not a limit of the device."""
+        return [reason for reason in self.discarded if reason.startswith((WRONG, UNSTABLE))]
 
 
 def tasks(
@@ -111,9 +118,13 @@ def sweep(
         if budget.over():
             found.skipped.append(str(task))
             continue
-        row = tune(task, choices(w4.device_of(device), task), device, seed, effort, found.discarded, budget)
+        try:
+            row = tune(task, choices(w4.device_of(device), task), device, seed, effort, found.discarded, budget)
+        except Exception as error:  # one task that does not fit into memory must not cost the others
+            found.skipped.append(f"{task}: {type(error).__name__}: {error}")
+            continue
         if row is None:
-            found.skipped.append(f"{task}: no configuration was right and fast enough to be measured")
+            found.skipped.append(f"{task}: no configuration was right")
         else:
             found.rows.append(row)
             done()
@@ -171,8 +182,8 @@ def _inputs(task: Task, device: torch.device, seed: int, rows: int) -> tuple[Pac
 def _refused(x: Tensor, tiled: Tiled, launch: Launch, wanted: Truth) -> str | None:
     y = w4.multiply(x, tiled, None, launch)
     if judge(y, wanted).wrong is not None:
-        return "wrong result"
-    return None if torch.equal(y, w4.multiply(x, tiled, None, launch)) else "other bits the second time"
+        return WRONG
+    return None if torch.equal(y, w4.multiply(x, tiled, None, launch)) else UNSTABLE
 
 
 def crossover(
@@ -198,7 +209,7 @@ def crossover(
             for name, timing in (("triton", one), ("slab", two)):
                 verdict = judge(timing.output, wanted)
                 if verdict.wrong is not None:
-                    raise RuntimeError(f"{name} at {task}, M={count}: the result {verdict.wrong}")
+                    found.discarded[f"{WRONG}: {name} at M={count}"] += 1
             times.append({"m": count, "triton_us": one.us, "slab_us": two.us})
         most = max((t["m"] for t in times if t["triton_us"] <= t["slab_us"]), default=0)
         sizes = {"dtype": task.dtype, "group": task.group, "n": task.n, "k": task.k}
@@ -208,11 +219,6 @@ def crossover(
 def table_rows(rows: Sequence[dict[str, Any]]) -> tuple[Row, ...]:
     """Rows as `launch.table_of` reads them."""
     return tuple(Row(**{name: row[name] for name in Row.__dataclass_fields__}) for row in rows)
-
-
-def path_of(folder: Path, name: str) -> Path:
-    """The table's file for a device of that name."""
-    return folder / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
 
 
 def load(path: Path, device: Device) -> Sweep:
@@ -226,14 +232,11 @@ def load(path: Path, device: Device) -> Sweep:
 
 
 def save(path: Path, device: Device, about: dict[str, Any], found: Sweep) -> None:
-    """Write a table: whole or not at all, so that a run that is stopped leaves the last one."""
+    """Write a table that `launch.table_of` reads. about: what `record.about` tells."""
     table: dict[str, Any] = {"arch": device.arch, "processors": device.processors, **about}
     table |= {"rows": found.rows, "crossover": found.crossover}
     table |= {"discarded": dict(found.discarded), "skipped": found.skipped}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_suffix(".part")
-    staged.write_text(json.dumps(table, indent=1) + "\n")
-    staged.replace(path)
+    write(path, table)
 
 
 def compile_ahead(item: tuple[str, str, int, tuple[Launch, ...]]) -> int:

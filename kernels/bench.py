@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from llmq.kernels import reference, rivals, slab, w4
-from llmq.kernels.launch import Launch, configure, table_of
+from llmq.kernels.launch import Launch, bucket, configure, nearest, table_of
 from llmq.kernels.layout import Tiled
 from llmq.kernels.problem import Packed, Problem
 from llmq.kernels.registry import KERNELS, choose
-from llmq.kernels.timing import Budget, Ceilings, Effort, Timing, ceilings, copies_of, measure
+from llmq.kernels.timing import Budget, Ceilings, Effort, Timing, copies_of, measure
 from llmq.kernels.truth import RIVAL_TOLERANCE, Truth, draw, draw_input, judge, truth
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
@@ -103,19 +103,17 @@ class Findings:
     tuned: dict[str, float] = field(default_factory=dict)
 
 
-def bench(plan: Plan, say: Callable[[str], None]) -> tuple[Findings, Ceilings]:
-    """Measure a plan. say: is given a line for each shape."""
-    budget, findings = Budget(plan.seconds), Findings()
-    limits = ceilings(plan.device, plan.dtype, plan.effort)
+def bench(plan: Plan, limits: Ceilings, findings: Findings, done: Callable[[str], None]) -> None:
+    """Measure a plan into `findings`. done: is given a line after each contender, when all rows so far are whole."""
+    budget = Budget(plan.seconds)
     for shape in plan.shapes:
         if budget.over():
             findings.skipped.append(str(shape))
             continue
-        begun = len(findings.rows)
-        _shape(plan, shape, budget, findings)
-        _compare(findings.rows[begun:], limits)
-        say(f"{shape}: {len(findings.rows) - begun} timings, {budget.spent():.0f} of {plan.seconds:.0f} s")
-    return findings, limits
+        try:
+            _shape(plan, shape, limits, budget, findings, done)
+        except torch.OutOfMemoryError as error:  # the truth of one shape must not cost the others
+            findings.skipped.append(f"{shape}: {str(error).splitlines()[0]}")
 
 
 def problem_of(packed: Packed, dtype: torch.dtype) -> Problem:
@@ -164,26 +162,35 @@ def _tabled(plan: Plan, folder: Path, packed: Packed) -> tuple[Callable[..., Ten
     def run(x: Tensor, tiled: Tiled) -> Tensor:
         return w4.multiply(x, tiled, None, launch(x.shape[0]))
 
-    return run, lambda rows: f"{launch(rows)} (tables of {folder.name})"
+    def told(rows: int) -> str:
+        sizes = (bucket(device.arch, rows), packed.rows, packed.columns)
+        found = nearest(table, w4.DTYPES[plan.dtype], plan.group_size, *sizes)
+        return f"{launch(rows)} ({'by rule' if found is None else 'measured'})"
+
+    return run, told
 
 
-def _shape(plan: Plan, shape: Shape, budget: Budget, findings: Findings) -> None:
+def _shape(
+    plan: Plan, shape: Shape, limits: Ceilings, budget: Budget, findings: Findings, done: Callable[[str], None]
+) -> None:
     generator = torch.Generator(plan.device).manual_seed(plan.seed + shape.k + 31 * shape.n)
     packed = draw(generator, shape.n, shape.k, plan.group_size or shape.k, plan.symmetric, plan.dtype)
     x = draw_input(generator, max(plan.rows), shape.k, plan.dtype)
-    wanted = truth(x, packed)
+    wanted, begun = truth(x, packed), len(findings.rows)
     found, absent = contenders(packed, plan)
     findings.absent |= absent
     for contender in found:
+        spent = findings.tuned.get(contender.name, 0.0)
         if budget.over():
             findings.skipped.append(f"{shape} {contender.name}")
-        elif findings.tuned.get(contender.name, 0.0) > RIVAL_SHARE * plan.seconds:
-            spent = findings.tuned[contender.name]
+        elif spent > RIVAL_SHARE * plan.seconds and contender.name != rivals.DENSE.name:
             findings.absent[f"{contender.name} at {shape}"] = (
                 f"spent {spent:.0f} s in first calls: its share of the time"
             )
         else:
             _contend(plan, shape, contender, (packed, x, wanted), budget, findings)
+            _compare(findings.rows[begun:], limits)
+            done(f"{shape} {contender.name}: {budget.spent():.0f} of {plan.seconds:.0f} s")
 
 
 def _contend(

@@ -20,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -29,6 +30,7 @@ from llmq.kernels import counters
 
 LEAST_COPIES = 8
 TIMES_CACHE = 2
+UNKNOWN_CACHE = 64 << 20
 MOST_CALLS = 64
 GRAPH_US = 2000.0
 
@@ -83,7 +85,9 @@ def copies_of(value: Value, nbytes: int, device: torch.device) -> list[Value]:
 
 def cache_bytes(device: torch.device) -> int:
     """Bytes of the device's second-level cache; 0 on CPUs, where nobody asks."""
-    return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", UNKNOWN_CACHE))
 
 
 def measure(calls: Sequence[Callable[[], Tensor]], device: torch.device, effort: Effort) -> Timing:
@@ -103,7 +107,7 @@ def measure(calls: Sequence[Callable[[], Tensor]], device: torch.device, effort:
 
 def _replayed(calls: Sequence[Callable[[], Tensor]], device: torch.device, effort: Effort) -> Timing:
     counters.forget(device)  # the graph of the last measurement is gone
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream = _stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for call in calls:  # compiles, and makes workspaces that a capture may not make
@@ -126,6 +130,11 @@ def _replayed(calls: Sequence[Callable[[], Tensor]], device: torch.device, effor
     count = rounds * len(calls)
     times = [a.elapsed_time(b) * 1000 / count for a, b in itertools.pairwise(marks)]
     return _timing(times, count, output.clone())
+
+
+@cache  # cuBLAS has a workspace, and split K counters, for each stream
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _rounds(calls: Sequence[Callable[[], Tensor]], stream: torch.cuda.Stream) -> int:

@@ -81,39 +81,49 @@ def device(asked: argparse.Namespace) -> Any:
     return torch.device("cpu") if asked.self_test else torch.device("cuda", torch.cuda.current_device())
 
 
-def written(asked: argparse.Namespace, name: str, values: dict[str, Any]) -> None:
-    """Write the record and say where."""
-    from llmq.kernels.record import slug, write
+def place(asked: argparse.Namespace, name: str, record: dict[str, Any]) -> Path:
+    """The record's file."""
+    from llmq.kernels.record import slug
 
     folder = asked.output or (Path(tempfile.mkdtemp()) if asked.self_test else ROOT / "eval" / "results")
-    path = folder / f"{name}-{slug(values['device'])}.json"
-    write(path, values)
-    print(f"written: {path}")
+    return folder / f"{name}-{slug(record['device'])}.json"
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    from llmq.kernels.record import write as written
+
+    written(path, record)
 
 
 def bench(asked: argparse.Namespace) -> int:
+    """Measure; the record is written after each contender, so that a run that is stopped leaves what it reached."""
     import torch
 
-    from llmq.kernels.bench import ROWS as ALL_ROWS
-    from llmq.kernels.bench import SHAPES as ALL_SHAPES
-    from llmq.kernels.bench import Plan
-    from llmq.kernels.bench import bench as measured
+    from llmq.kernels import bench as library
     from llmq.kernels.tables import parse_shapes, show_bench
     from llmq.kernels.timing import SELF_TEST, Effort
+    from llmq.kernels.timing import ceilings as measured
 
-    shapes = parse_shapes(asked.shapes or SHAPES) if asked.shapes or asked.self_test else ALL_SHAPES
-    plan = Plan(
-        device(asked), getattr(torch, asked.dtype), asked.group, not asked.asym, shapes,
-        tuple(asked.rows or (ROWS if asked.self_test else ALL_ROWS)), asked.seconds, asked.seed,
-        SELF_TEST if asked.self_test else Effort(), asked.tables,
-    )  # fmt: skip
-    findings, limits = measured(plan, lambda line: print(line, file=sys.stderr))
-    record = head(asked) | {"dtype": asked.dtype, "group": asked.group, "symmetric": not asked.asym}
+    shapes = parse_shapes(asked.shapes or SHAPES) if asked.shapes or asked.self_test else library.SHAPES
+    rows = tuple(asked.rows or (ROWS if asked.self_test else library.ROWS))
+    effort, dtype = SELF_TEST if asked.self_test else Effort(), getattr(torch, asked.dtype)
+    plan = library.Plan(
+        device(asked), dtype, asked.group, not asked.asym, shapes, rows, asked.seconds, asked.seed, effort, asked.tables
+    )
+    limits, findings = measured(plan.device, dtype, effort), library.Findings()
+    record = head(asked) | {"dtype": asked.dtype, "group": asked.group, "symmetric": plan.symmetric}
     record |= {"ceilings": {"copy_bytes_per_s": limits.copy, "matmul_flops_per_s": limits.flops}}
     record |= {"absent": findings.absent, "wrong": findings.wrong, "skipped": findings.skipped, "rows": findings.rows}
+    path = place(asked, f"kernels-{asked.dtype}-g{asked.group or 'channel'}-{'asym' if asked.asym else 'sym'}", record)
+
+    def done(line: str) -> None:
+        write(path, record)
+        print(line, file=sys.stderr)
+
+    library.bench(plan, limits, findings, done)
+    write(path, record)
     show_bench(record)
-    zeros = "asym" if asked.asym else "sym"
-    written(asked, f"kernels-{asked.dtype}-g{asked.group or 'channel'}-{zeros}", record)
+    print(f"written: {path}")
     return int(bool(findings.wrong))
 
 
@@ -127,7 +137,8 @@ def ceilings(asked: argparse.Namespace) -> int:
     found = {name: asdict(measured(device(asked), getattr(torch, name), effort)) for name in ("float16", "bfloat16")}
     for name, one in found.items():
         print(f"{name}: copy {one['copy'] / 1e12:.4g} TB/s, dense matmul {one['flops'] / 1e12:.4g} TFLOP/s")
-    written(asked, "ceilings", head(asked) | {"ceilings": found})
+    record = head(asked) | {"ceilings": found}
+    write(place(asked, "ceilings", record), record)
     return 0
 
 
@@ -143,7 +154,7 @@ def check(asked: argparse.Namespace) -> int:
     missed = [str(case) for case in listed[len(outcomes) :]]
     record = head(asked) | {"outcomes": [asdict(outcome) for outcome in outcomes], "skipped": missed}
     show_check(record, budget.spent())
-    written(asked, "check", record)
+    write(place(asked, "check", record), record)
     return int(bool(missed) or any(outcome.wrong for outcome in outcomes))
 
 

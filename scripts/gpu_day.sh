@@ -51,7 +51,7 @@ step() {
 
 # The limits of the tools' own time boxes lie below those of the steps: what was reached is written, not lost.
 bench=("$python" scripts/bench_kernels.py --output "$folder")
-step check 130 "${bench[@]}" --check-only --jobs "$jobs" --seconds 115 ${self[@]+"${self[@]}"}
+step check 120 "${bench[@]}" --check-only --jobs "$jobs" --seconds 105 ${self[@]+"${self[@]}"}
 
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
 if ((${#self[@]})); then
@@ -59,16 +59,16 @@ if ((${#self[@]})); then
 elif [[ -z $sanitizer ]]; then
     echo "== sanitizer: compute-sanitizer is not here (not on PATH, not in /usr/local/cuda/bin): NOT RUN" | tee "$folder/logs/sanitizer.log"
 else
-    step sanitizer 60 "$sanitizer" --tool memcheck --error-exitcode 9 "$python" scripts/bench_kernels.py \
-        --check-only --small --seconds 45 --output "$folder/sanitizer"
+    step sanitizer 50 "$sanitizer" --tool memcheck --error-exitcode 9 "$python" scripts/bench_kernels.py \
+        --check-only --small --seconds 40 --output "$folder/sanitizer"
 fi
 
-step ceilings 30 "${bench[@]}" --ceilings-only ${self[@]+"${self[@]}"}
-step sweep 150 "$python" scripts/tune_kernels.py --output "$folder/tuned" --jobs "$jobs" --seconds 130 ${self[@]+"${self[@]}"}
-step bench 130 "${bench[@]}" --tables "$folder/tuned" --seconds 115 ${self[@]+"${self[@]}"}
+step ceilings 20 "${bench[@]}" --ceilings-only ${self[@]+"${self[@]}"}
+step sweep 140 "$python" scripts/tune_kernels.py --output "$folder/tuned" --jobs "$jobs" --seconds 120 ${self[@]+"${self[@]}"}
+step bench 120 "${bench[@]}" --tables "$folder/tuned" --seconds 100 ${self[@]+"${self[@]}"}
 step bench-bfloat16 60 "${bench[@]}" --tables "$folder/tuned" --dtype bfloat16 --seconds 45 ${self[@]+"${self[@]}"}
 if "$python" -c "import matplotlib" 2>/dev/null; then
-    step plots 30 "$python" scripts/plot_kernels.py "$folder"
+    step plots 25 "$python" scripts/plot_kernels.py "$folder"
 else
     echo "== plots: matplotlib is not installed (pip install 'llmq[plots]'): NOT DRAWN; scripts/plot_kernels.py draws them later"
 fi

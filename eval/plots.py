@@ -79,6 +79,7 @@ def _figure(record: dict[str, Any], kind: str, draw: Any, target: Path) -> None:
             axes.set_xlabel("M, rows of x", fontsize=9)
     for index in range(len(shapes), down * across):
         grid[index // across][index % across].set_visible(False)
+    grid[0][0].set_ylim(bottom=0)  # of all, and last: a limit that is set ends the fitting to what is drawn after it
     figure.suptitle(_title(record, kind), fontsize=11)
     columns = min(len(handles), 4 if across < COLUMNS else 7)
     legend = {"loc": "outside lower center", "ncols": columns, "fontsize": 9, "title_fontsize": 9, "frameon": False}
@@ -138,11 +139,9 @@ def _speedup(axes: Any, rows: list[dict[str, Any]], handles: dict[str, Any]) -> 
     line = axes.axhline(1.0, color=STYLES["dense"][0], linewidth=1.2)
     handles.setdefault("dense = 1", line)
     _lines(axes, shown, "speedup", 1.0, handles)
-    axes.set_ylim(bottom=0)
 
 
 def _roofline(axes: Any, rows: list[dict[str, Any]], handles: dict[str, Any]) -> None:
     line = axes.axhline(100.0, color="black", linewidth=0.9, linestyle=":")
     handles.setdefault("measured copy or matmul", line)
     _lines(axes, rows, "roofline", 100.0, handles)
-    axes.set_ylim(bottom=0)

@@ -29,7 +29,8 @@ def about(device: torch.device, command: Sequence[str], seed: int, self_test: bo
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     found |= {"versions": versions, "system": f"{platform.system()} {platform.machine()}"}
     told = ", ".join(f"{name} {version}" for name, version in versions.items() if version is not None)
-    said = " ".join(command)
+    # A folder's place says nothing of the measurement, and records are published.
+    said = " ".join(Path(part).name if Path(part).is_absolute() else part for part in command)
     found |= {"command": said, "date": date, "seed": seed, "self_test": self_test}
     return found | {"measured": f"{date}, {told}, {said}" + (", self-test: no measurement" if self_test else "")}
 

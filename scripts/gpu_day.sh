@@ -23,7 +23,7 @@ elif [[ $# -gt 1 ]]; then
     echo "gpu_day.sh takes a folder and --self-test; got ${*:2}" >&2
     exit 2
 fi
-python=${PYTHON:-python}
+python=${PYTHON:-$(command -v python || echo python3)}
 jobs=$(nproc 2>/dev/null || echo 4)
 ((jobs > 12)) && jobs=12
 ((${#self[@]})) && jobs=1
@@ -59,13 +59,14 @@ if ((${#self[@]})); then
 elif [[ -z $sanitizer ]]; then
     echo "== sanitizer: compute-sanitizer is not here (not on PATH, not in /usr/local/cuda/bin): NOT RUN" | tee "$folder/logs/sanitizer.log"
 else
-    step sanitizer 50 "$sanitizer" --tool memcheck --error-exitcode 9 "$python" scripts/bench_kernels.py \
-        --check-only --small --seconds 40 --output "$folder/sanitizer"
+    # Without torch's cache every tensor is an allocation of its own, so that one byte beyond it shows.
+    step sanitizer 70 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck --error-exitcode 9 \
+        "$python" scripts/bench_kernels.py --check-only --small --seconds 60 --output "$folder/sanitizer"
 fi
 
 step ceilings 20 "${bench[@]}" --ceilings-only ${self[@]+"${self[@]}"}
-step sweep 140 "$python" scripts/tune_kernels.py --output "$folder/tuned" --jobs "$jobs" --seconds 120 ${self[@]+"${self[@]}"}
-step bench 120 "${bench[@]}" --tables "$folder/tuned" --seconds 100 ${self[@]+"${self[@]}"}
+step sweep 130 "$python" scripts/tune_kernels.py --output "$folder/tuned" --jobs "$jobs" --seconds 110 ${self[@]+"${self[@]}"}
+step bench 115 "${bench[@]}" --tables "$folder/tuned" --seconds 95 ${self[@]+"${self[@]}"}
 step bench-bfloat16 60 "${bench[@]}" --tables "$folder/tuned" --dtype bfloat16 --seconds 45 ${self[@]+"${self[@]}"}
 if "$python" -c "import matplotlib" 2>/dev/null; then
     step plots 25 "$python" scripts/plot_kernels.py "$folder"

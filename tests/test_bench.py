@@ -248,6 +248,7 @@ def test_the_script_writes_one_record(tmp_path: Path) -> None:
     assert (record["device"], record["seed"], record["self_test"], record["symmetric"]) == ("cpu", 4, True, False)
     assert record["versions"]["torch"] == torch.__version__
     assert record["command"].startswith("scripts/bench_kernels.py --self-test")
+    assert str(tmp_path.parent) not in file.read_text(), "records are published: no paths of a machine"
     assert "SELF-TEST on the CPU: nothing below is a measurement" in done.stdout
     assert all(row["us"] > 0 and row["roofline"] > 0 for row in record["rows"])
     assert {"slab", "dense"} <= {row["what"] for row in record["rows"]}

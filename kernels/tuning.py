@@ -213,7 +213,9 @@ def crossover(
             times.append({"m": count, "triton_us": one.us, "slab_us": two.us})
         most = max((t["m"] for t in times if t["triton_us"] <= t["slab_us"]), default=0)
         sizes = {"dtype": task.dtype, "group": task.group, "n": task.n, "k": task.k}
-        found.crossover.append(sizes | {"triton_wins_up_to": most, "most_rows_now": w4.MOST_ROWS, "times": times})
+        kept = [one for one in found.crossover if {name: one[name] for name in sizes} != sizes]
+        new = sizes | {"triton_wins_up_to": most, "most_rows_now": w4.MOST_ROWS, "times": times}
+        found.crossover[:] = [*kept, new]
 
 
 def table_rows(rows: Sequence[dict[str, Any]]) -> tuple[Row, ...]:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 SHAPES = ("256x128",)
-COMPILING = 0.4  # of the time box
+COMPILING, SWEEPING = 0.4, 0.85  # of the time box: from its start to the end of each; crossovers have the rest
 
 
 def arguments() -> argparse.Namespace:
@@ -74,7 +74,7 @@ def tune(asked: argparse.Namespace) -> int:
     from llmq.kernels.tables import parse_shapes, show_sweep
     from llmq.kernels.timing import SELF_TEST, Budget, Effort
 
-    budget = Budget(asked.seconds)
+    budget, sweeping = Budget(asked.seconds), Budget(SWEEPING * asked.seconds)
     device = torch.device("cpu") if asked.self_test else torch.device("cuda", torch.cuda.current_device())
     known, effort = w4.device_of(device), SELF_TEST if asked.self_test else Effort()
     head = about(device, ("scripts/tune_kernels.py", *sys.argv[1:]), asked.seed, asked.self_test)
@@ -95,7 +95,7 @@ def tune(asked: argparse.Namespace) -> int:
         row = found.rows[-1]
         print(f"{row['dtype']} g{row['group']} M={row['m']} {row['k']}x{row['n']}: {row['us']:.1f} us", file=sys.stderr)
 
-    tuning.sweep(listed, device, budget, asked.seed, effort, found, choices, save)
+    tuning.sweep(listed, device, sweeping, asked.seed, effort, found, choices, save)
     tuning.crossover(listed, device, budget, asked.seed, effort, found, rows)
     tuning.save(path, known, head, found)
     show_sweep({**head, **vars(found)})

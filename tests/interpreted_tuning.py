@@ -40,7 +40,8 @@ def test_the_fastest_right_launch_is_a_row_that_the_launch_reads(tmp_path: Path)
     found = swept(done=lambda: done.append(1))
     assert found.discarded == {"LlmqError: bn must divide the padded rows N; got N: use N": 1}
     assert (len(found.rows), found.skipped, found.wrong(), done) == (1, [], [], [1])
-    tuning.crossover([TASK], CPU, Budget(60), 1, EFFORT, found, (1, 9))
+    for _ in range(2):
+        tuning.crossover([TASK, replace(TASK, size=16)], CPU, Budget(60), 1, EFFORT, found, (1, 9))
     (crossing,) = found.crossover
     assert [time["m"] for time in crossing["times"]] == [1, 9]
     assert crossing["triton_wins_up_to"] == 0, "the interpreter wins against nobody"

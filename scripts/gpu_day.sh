@@ -18,7 +18,6 @@ self=()
 total=540
 if [[ ${2:-} == --self-test ]]; then
     self=(--self-test)
-    total=180
 elif [[ $# -gt 1 ]]; then
     echo "gpu_day.sh takes a folder and --self-test; got ${*:2}" >&2
     exit 2

@@ -7,6 +7,8 @@ is tuned at run time. A table is a JSON file in `kernels/tuned/`:
      "rows": [{"dtype": "float16", "group": 128, "bucket": 16, "n": 4096, "k": 4096,
                "bn": 64, "warps": 4, "stages": 4, "split": 4, "us": 5.1}, ...]}
 
+`scripts/tune_kernels.py` writes them, with more beside the rows: what was discarded, and crossovers.
+
 The nearest row: of the same dtype, group and bucket, the one with the least |log2 n'/n| + |log2 k'/k|, at most 2 (sizes
 within a factor of 4 in all); ties go to the larger n, then k. It must also fit: bn divides the padded N, and every part
 of a split has a tile. `group` 0 is per channel.

@@ -6,9 +6,7 @@ float16 and bfloat16, symmetric and asymmetric, groups of 32, 64, multiples of 1
 Triton is imported by the first launch. On the CPU the kernel runs in Triton's interpreter, where TRITON_INTERPRET=1 was
 set before triton was imported: for tests, a thousand times slower than anything else.
 
-Under CUDA graphs: a captured launch takes counters of its own from a slab that was cleared beforehand, so that graphs may
-be replayed beside each other; the partial sums are the graph's own memory. Outside of a capture each stream has its own
-counters, since launches on one stream follow each other and every launch leaves its counters at zero.
+Counters of split K: `llmq.kernels.counters`. Partial sums under a CUDA graph are the graph's own memory.
 
 Under autograd and torch.compile a call is one operator, `llmq::w4_linear`; the gradient of x goes through the dequantized
 weight, slab by slab (`llmq.kernels.slab`). Left out: a gradient of the weight.
@@ -25,7 +23,7 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.kernels import layout, slab
+from llmq.kernels import counters, layout, slab
 from llmq.kernels.launch import Device, Launch, bucket, compiler_options, configure, nearest, table_of
 from llmq.kernels.layout import Tiled
 from llmq.kernels.problem import Packed, Problem
@@ -35,7 +33,6 @@ JOINS = True
 MOST_ROWS = 256
 OLDEST = (8, 0)
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
-SLAB_COUNTERS = 1 << 16
 # Within a block offsets are of 32 bits, between blocks of 64: 128 rows of x lie within 2**31 elements.
 FARTHEST_ROW = 1 << 24
 
@@ -86,7 +83,7 @@ def launch_of(problem: Problem, rows: int, device: torch.device) -> str | None:
     """The configuration, and whether it was measured or follows the rules."""
     if rows < 1:
         return None
-    found, dtype = _device(device), DTYPES[problem.dtype]
+    found, dtype = device_of(device), DTYPES[problem.dtype]
     group = 0 if problem.group_size == problem.columns else problem.group_size
     table, sizes = table_of(found), (problem.rows, problem.columns)
     measured = nearest(table, dtype, group, bucket(found.arch, rows), *sizes) is not None
@@ -100,7 +97,7 @@ def prepare(packed: Packed) -> Tiled:
         raise LlmqError(f"scales must be finite; that of row {row}, group {group} is {packed.scale[row, group].item()}")
     tiled = layout.tile(packed)
     if packed.weight.device.type == "cuda":
-        _reserve(packed.weight.device)
+        counters.reserve(packed.weight.device)
     return tiled
 
 
@@ -168,7 +165,7 @@ def configuration(tiled: Tiled, rows: int, dtype: torch.dtype, device: torch.dev
 
 @cache  # at most MOST_ROWS for each shape: a look-up in the place of a search through the table in every call
 def _configured(device: torch.device, dtype: torch.dtype, group: int, rows: int, n: int, k: int) -> Launch:
-    found = _device(device)
+    found = device_of(device)
     return configure(found, DTYPES[dtype], group, rows, n, k, table_of(found))
 
 
@@ -176,7 +173,8 @@ def _group(tiled: Tiled) -> int:
     return 0 if tiled.group_size == tiled.columns else tiled.group_size
 
 
-def _device(device: torch.device) -> Device:
+def device_of(device: torch.device) -> Device:
+    """What configurations depend on; `interpreter` with 8 processors for the CPU."""
     if device.type == "cpu":
         return Device("interpreter", 8)
     found = torch.cuda.get_device_properties(device)
@@ -202,61 +200,20 @@ def _launch(x: Tensor, tiled: Tiled, bias: Tensor | None, y: Tensor, launch: Lau
 
     row_tiles, tiles = tiled.words.shape[:2]
     grid = (row_tiles * 64 // launch.bn, -(-x.shape[0] // launch.bm), launch.split)
-    partials, counters = y, tiled.words  # not read
+    partials, counted = y, tiled.words  # not read
     if launch.split > 1:
         partials = torch.empty(grid[0] * grid[1] * launch.split * launch.bn * launch.bm, device=x.device)
-        counters = _counters(x.device, grid[0] * grid[1])
+        counted = counters.zeros(x.device, grid[0] * grid[1])
     scales = tiled.scales.view(torch.int32)
     zeros = scales if tiled.zeros is None else tiled.zeros.view(torch.int32)
     w4_swap[grid](
-        x, tiled.words, scales, zeros, y if bias is None else bias, y, partials, counters,
+        x, tiled.words, scales, zeros, y if bias is None else bias, y, partials, counted,
         x.shape[0], tiled.rows, x.shape[1], x.stride(0) if x.shape[0] > 1 else x.shape[1], tiles,
         BM=launch.bm, BN=launch.bn, STAGES=launch.stages, SPLIT=launch.split, GROUP=_group(tiled),
         SYMMETRIC=tiled.zeros is None, BIAS=bias is not None, RAGGED=x.shape[1] % layout.TILE_COLUMNS != 0,
         SCALE=tl.float16 if tiled.scales.dtype == torch.float16 else tl.bfloat16, FORM=launch.form,
-        **compiler_options(_device(x.device).arch, launch),
+        **compiler_options(device_of(x.device).arch, launch),
     )  # fmt: skip
-
-
-class _Counters:
-    """Zeros for split K on one device: an array for each stream, and a slab that captured launches share out."""
-
-    def __init__(self) -> None:
-        self.streams: dict[int, Tensor] = {}
-        self.slab: Tensor | None = None
-        self.taken = 0
-
-
-_COUNTERS: dict[torch.device, _Counters] = {}
-
-
-def _reserve(device: torch.device) -> None:
-    """The slab of a device, before any capture."""
-    held = _COUNTERS.setdefault(device, _Counters())
-    if held.slab is None and not torch.cuda.is_current_stream_capturing():
-        held.slab = torch.zeros(SLAB_COUNTERS, dtype=torch.int32, device=device)
-
-
-def _counters(device: torch.device, count: int) -> Tensor:
-    held = _COUNTERS.setdefault(device, _Counters())
-    stream = 0
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return _captured(held, device, count)
-        stream = torch.cuda.current_stream(device).cuda_stream
-    found = held.streams.get(stream)
-    if found is None or found.numel() < count:
-        found = held.streams[stream] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-    return found
-
-
-def _captured(held: _Counters, device: torch.device, count: int) -> Tensor:
-    """Counters that no other launch has. Cleared inside the graph where the slab is used up: right, but one more node."""
-    size = -(-count // 4) * 4  # the next one begins at 16 bytes again
-    if held.slab is None or held.taken + size > held.slab.numel():
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    held.taken += size
-    return held.slab[held.taken - size : held.taken]
 
 
 _ARGUMENTS = "Tensor words, Tensor scales, Tensor? zeros, Tensor? bias, int rows, int columns, int group_size"

@@ -157,3 +157,11 @@ def test_packed_bits_are_one_little_endian_stream(bits: int, count: int, seed: i
 def test_unpack_refuses_a_wrong_width() -> None:
     with pytest.raises(LlmqError, match="33 codes of 4 bits fill 5 words a row; got 4"):
         unpack(torch.zeros(1, 4, dtype=torch.int32), 4, 33)
+
+
+def test_a_column_of_words_is_read_whatever_its_stride() -> None:
+    """Zero points of 8 outputs and fewer are one row of words, read transposed."""
+    codes = torch.randint(0, 16, (3, 8), dtype=torch.uint8)
+    words = pack(codes, 4).T.clone(memory_format=torch.contiguous_format).T
+    assert words.stride(-1) != 1
+    assert torch.equal(unpack(words, 4, 8), codes)

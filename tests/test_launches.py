@@ -32,7 +32,7 @@ def test_rows_and_joined_linears_are_told(tmp_path: Path) -> None:
 
 
 def test_a_launch_says_where_it_is_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(w4, "_device", lambda _: Device("sm_90", 132))
+    monkeypatch.setattr(w4, "device_of", lambda _: Device("sm_90", 132))
     problem = Problem(4096, 4096, 4, 128, True, torch.float16, torch.float16, "cuda")
     told = w4.launch_of(problem, 1, torch.device("cuda"))
     assert told is not None

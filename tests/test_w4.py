@@ -31,7 +31,7 @@ absent = importlib.util.find_spec("triton") is None
 def test_the_kernels_in_the_interpreter() -> None:
     """In a process of its own: whether Triton interprets is decided where it is imported."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    files = ["tests/interpreted_w4.py", "tests/interpreted_dequant.py"]
+    files = [f"tests/interpreted_{name}.py" for name in ("w4", "dequant", "tuning")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", *files]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

@@ -53,7 +53,8 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     rows, width = words.shape
     if width != packed_width(count, bits):
         raise LlmqError(f"{count} codes of {bits} bits fill {packed_width(count, bits)} words a row; got {width}")
-    data = words.contiguous().view(torch.uint8)
+    # A single column counts as contiguous whatever its stride, and cannot be viewed as bytes.
+    data = (words.contiguous() if width != 1 else words.clone(memory_format=torch.contiguous_format)).view(torch.uint8)
     if bits == 4:  # both codes of a byte spread over an int16 at once: the width that matters most, five times faster
         pair = data.to(torch.int16)
         return pair.bitwise_or_(pair << 4).bitwise_and_(0x0F0F).view(torch.uint8)[:, :count].contiguous()

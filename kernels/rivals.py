@@ -1,0 +1,113 @@
+"""What our kernels are measured beside: a dense weight (cuBLAS), torch's own int4 kernel, gemlite.
+
+Each takes the same stored weight, so that all compute the same function and pass the same gate (`llmq.kernels.truth`), with
+a tolerance for arithmetic of their own. A rival that is not installed or refuses a problem says why; nobody is left out
+silently. Adding one is an entry in `RIVALS`.
+
+    dense        torch.nn.functional.linear on the dequantized weight: cuBLAS on NVIDIA, hipBLAS on AMD, oneDNN on CPUs
+    torch int4   aten::_weight_int4pack_mm, y = x @ ((q - 8) scale + zero)^T with a float zero for each group; its sibling on CPUs
+    gemlite      GemLiteLinear(4, ...).pack(codes [N, K] uint8, scales [N, G], zeros: [N, G] or 8); tunes itself at first calls
+
+Written after aten's int4mm.cu (codes in bytes, the even column in the high half) and gemlite 0.6.0's `core.py`. Not run on a
+GPU yet. Left out: Marlin and Machete (vLLM), which build no wheel of their own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq.core.packing import unpack
+from llmq.kernels import slab
+from llmq.kernels.problem import Packed, Problem
+from llmq.kernels.truth import pieces
+
+
+@dataclass(frozen=True)
+class Rival:
+    """refusal: why it does not take a problem. prepare: its runtime form of a weight for x of a dtype. run: x, runtime -> y."""
+
+    name: str
+    refusal: Callable[[Problem], str | None]
+    prepare: Callable[[Packed, torch.dtype], Any]
+    run: Callable[[Tensor, Any], Tensor]
+
+
+def dense(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """The weight [N, K] in `dtype`, the same bits as the slab path has."""
+    parts = [slab.dequantize(part, slab.zero_points(part), 0, part.rows, dtype) for _, part in pieces(packed)]
+    return torch.cat(parts)
+
+
+def _nothing(problem: Problem) -> str | None:
+    return None
+
+
+def _int4_refusal(problem: Problem) -> str | None:
+    if problem.device not in ("cuda", "cpu"):
+        return f"is for CUDA and the CPU; the weight is on {problem.device}"
+    if problem.dtype != torch.bfloat16:
+        return f"takes bfloat16 only; input: {str(problem.dtype).removeprefix('torch.')}"
+    if problem.bits != 4 or problem.group_size not in (32, 64, 128, 256):
+        return f"takes 4 bits in groups of 32, 64, 128 or 256; got {problem.bits} bits, {problem.group_size} columns"
+    if problem.columns % 128 or problem.rows % 16:
+        return (
+            f"takes in_features that 128 divides and out_features that 16 does; got {problem.columns}, {problem.rows}"
+        )
+    return None
+
+
+def _int4_prepare(packed: Packed, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
+    """The op's layout of the codes, [G, N, 2] of scales and zeros, the group size."""
+    codes = unpack(packed.weight, 4, packed.columns)
+    points = slab.zero_points(packed)
+    scale = packed.scale.float()
+    zero = torch.zeros_like(scale) if points is None else (8 - points.float()) * scale
+    pairs = torch.stack((scale, zero), -1).to(dtype).transpose(0, 1).contiguous()
+    if codes.device.type == "cpu":
+        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1), pairs, packed.group_size
+    both = (codes[:, ::2] << 4 | codes[:, 1::2]).contiguous()
+    return torch.ops.aten._convert_weight_to_int4pack(both, 8), pairs, packed.group_size
+
+
+def _int4_run(x: Tensor, runtime: tuple[Tensor, Tensor, int]) -> Tensor:
+    weight, pairs, group_size = runtime
+    op = torch.ops.aten._weight_int4pack_mm_for_cpu if x.device.type == "cpu" else torch.ops.aten._weight_int4pack_mm
+    y: Tensor = op(x, weight, group_size, pairs)
+    return y
+
+
+def _gemlite_refusal(problem: Problem) -> str | None:
+    if importlib.util.find_spec("gemlite") is None:
+        return "is not installed: pip install gemlite"
+    return None if problem.device == "cuda" else f"runs on GPUs; the weight is on {problem.device}"
+
+
+def _gemlite_prepare(packed: Packed, dtype: torch.dtype) -> Any:
+    from gemlite.core import DType, GemLiteLinear
+
+    kind = DType.FP16 if dtype == torch.float16 else DType.BF16
+    sizes = {"in_features": packed.columns, "out_features": packed.rows, "group_size": packed.group_size}
+    layer = GemLiteLinear(4, **sizes, input_dtype=kind, output_dtype=kind)
+    points = slab.zero_points(packed)
+    zeros = 8 if points is None else points.to(dtype)
+    layer.pack(unpack(packed.weight, 4, packed.columns), packed.scale.to(dtype), zeros, None)
+    return layer
+
+
+def _gemlite_run(x: Tensor, layer: Any) -> Tensor:
+    y: Tensor = layer(x)
+    return y
+
+
+DENSE = Rival("dense", _nothing, dense, torch.nn.functional.linear)
+RIVALS = (
+    DENSE,
+    Rival("torch int4", _int4_refusal, _int4_prepare, _int4_run),
+    Rival("gemlite", _gemlite_refusal, _gemlite_prepare, _gemlite_run),
+)

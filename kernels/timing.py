@@ -1,0 +1,182 @@
+"""How long a call takes on a device: weights out of cache, without the host, medians; and what the device can do at most.
+
+A kernel of a few microseconds cannot be timed alone. On CUDA its calls are captured in one graph, each call on another
+copy of the weights (`copies_of`: so many that the second-level cache holds none of them when its turn comes again), and
+the graph is replayed back to back with an event between replays: neither Python nor the launch of the graph is in
+the figure. Elsewhere the same calls run in a loop by the clock.
+
+    graph      copy 0, copy 1, ... copy 7, copy 0, ...        MOST_CALLS calls, fewer where they are long
+    replays    | graph | graph | graph | ...                  median over `samples` of (time / calls)
+
+x is the same in every call, as it is in a model, where the layer before has just written it.
+Left out: reading hardware counters, fixing clocks.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from llmq.kernels import counters
+
+LEAST_COPIES = 8
+TIMES_CACHE = 2
+UNKNOWN_CACHE = 64 << 20
+MOST_CALLS = 64
+GRAPH_US = 2000.0
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """samples: replays that the median is of. copy_bytes, matmul: sizes at which the ceilings are measured."""
+
+    samples: int = 15
+    copy_bytes: int = 1 << 30
+    matmul: int = 8192
+
+
+QUICK = Effort(5)
+SELF_TEST = Effort(1, 1 << 22, 256)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """us: median microseconds of a call. spread: (largest - smallest) / median over samples. output: of the last call."""
+
+    us: float
+    spread: float
+    calls: int
+    samples: int
+    output: Tensor
+
+
+class Budget:
+    """Seconds that may be spent, from its making on."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.started = time.monotonic()
+
+    def spent(self) -> float:
+        """Seconds since it was made."""
+        return time.monotonic() - self.started
+
+    def over(self) -> bool:
+        """Whether nothing is left."""
+        return self.spent() >= self.seconds
+
+
+def copies_of(value: Value, nbytes: int, device: torch.device) -> list[Value]:
+    """The value and clones of it: at least 8, and together twice as large as the device's last cache. nbytes: of one."""
+    count = max(LEAST_COPIES, -(-TIMES_CACHE * cache_bytes(device) // max(1, nbytes)))
+    return [value, *(copy.deepcopy(value) for _ in range(count - 1))]
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Bytes of the device's second-level cache; 0 on CPUs, where nobody asks."""
+    if device.type != "cuda":
+        return 0
+    return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", UNKNOWN_CACHE))
+
+
+def measure(calls: Sequence[Callable[[], Tensor]], device: torch.device, effort: Effort) -> Timing:
+    """The time of one call. calls: the same work on each copy of the weights; all of them must allow capturing on CUDA."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return _replayed(calls, device, effort)
+    output = calls[0]()
+    times = []
+    for _ in range(effort.samples):
+        started = time.perf_counter()
+        for call in calls:
+            output = call()
+        times.append((time.perf_counter() - started) * 1e6 / len(calls))
+    return _timing(times, len(calls), output)
+
+
+def _replayed(calls: Sequence[Callable[[], Tensor]], device: torch.device, effort: Effort) -> Timing:
+    counters.forget(device)  # the graph of the last measurement is gone
+    stream = _stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for call in calls:  # compiles, and makes workspaces that a capture may not make
+            call()
+        rounds = _rounds(calls, stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(rounds):
+            for call in calls:
+                output = call()
+    marks = _marks(effort.samples + 1)
+    with torch.cuda.stream(stream):
+        graph.replay()
+        graph.replay()
+        marks[0].record()
+        for mark in marks[1:]:
+            graph.replay()
+            mark.record()
+    stream.synchronize()
+    count = rounds * len(calls)
+    times = [a.elapsed_time(b) * 1000 / count for a, b in itertools.pairwise(marks)]
+    return _timing(times, count, output.clone())
+
+
+@cache  # cuBLAS has a workspace, and split K counters, for each stream
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _rounds(calls: Sequence[Callable[[], Tensor]], stream: torch.cuda.Stream) -> int:
+    """How often a graph goes through all copies."""
+    marks = _marks(2)
+    marks[0].record()
+    for call in calls:
+        call()
+    marks[1].record()
+    stream.synchronize()
+    wanted = int(GRAPH_US / max(1.0, marks[0].elapsed_time(marks[1]) * 1000)) + 1
+    return max(1, min(wanted, MOST_CALLS // len(calls)))
+
+
+def _marks(count: int) -> list[torch.cuda.Event]:
+    return [torch.cuda.Event(enable_timing=True) for _ in range(count)]  # type: ignore[no-untyped-call]
+
+
+def _timing(times: list[float], calls: int, output: Tensor) -> Timing:
+    median = statistics.median(times)
+    return Timing(median, (max(times) - min(times)) / median if median else 0.0, calls, len(times), output)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device reached. copy: bytes a second, read and written. flops: of a dense matmul, a second."""
+
+    copy: float
+    flops: float
+
+    def floor_us(self, nbytes: float, flops: float) -> tuple[float, str]:
+        """The least microseconds of work that moves `nbytes` and computes `flops`, and which of both decides."""
+        times = ((nbytes / self.copy * 1e6, "bytes"), (flops / self.flops * 1e6, "flops"))
+        return max(times)
+
+
+def ceilings(device: torch.device, dtype: torch.dtype, effort: Effort) -> Ceilings:
+    """Measured copy bandwidth (bytes read plus bytes written) and the rate of a square matmul of random numbers in `dtype`."""
+    source = torch.randn(effort.copy_bytes // 4, device=device)
+    target = torch.empty_like(source)
+    moved = measure([lambda: target.copy_(source)], device, effort)
+    size = effort.matmul
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    product = measure([lambda: torch.mm(a, b)], device, effort)
+    return Ceilings(2 * source.nbytes / moved.us * 1e6, 2 * size**3 / product.us * 1e6)

@@ -1,0 +1,263 @@
+"""The benchmark on the CPU: the gate catches what is wrong, who is not measured is named, the record is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmq.errors import LlmqError
+from llmq.kernels import bench, checking, reference, rivals, slab, tables, timing, truth
+from llmq.kernels.bench import Findings, Plan, Shape
+from llmq.kernels.timing import SELF_TEST, Ceilings
+
+ROOT = Path(__file__).resolve().parent.parent
+F16, BF16 = torch.float16, torch.bfloat16
+CPU = torch.device("cpu")
+PLAN = Plan(CPU, BF16, 64, False, (Shape(128, 64, "a layer"), Shape(256, 96)), (1, 70), 60.0, 5, SELF_TEST)
+LIMITS = Ceilings(1e9, 1e10)
+KEYS = {
+    *("shape", "layer", "k", "n", "m", "what", "ours", "preferred", "error", "launch", "copies", "us", "spread"),
+    *("calls", "samples", "bytes", "flops", "speedup", "roofline", "bound"),
+}
+NO_INT4 = "cpu_int4 and torch int4 have vector code on AVX2 and AVX512 only"
+vectors = pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason=NO_INT4)
+
+
+def measured(plan: Plan = PLAN) -> Findings:
+    findings = Findings()
+    bench.bench(plan, LIMITS, findings, lambda line: None)
+    return findings
+
+
+@vectors
+def test_every_row_is_whole_and_who_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    found = measured()
+    assert json.loads(json.dumps(found.rows)) == found.rows
+    assert {row["what"] for row in found.rows} == {"cpu_int4", "slab", "dense", "torch int4"}
+    assert {"triton", "reference", "gemlite"} <= set(found.absent)
+    assert found.absent["gemlite"] == "is not installed: pip install gemlite"
+    assert (found.wrong, found.skipped) == ([], [])
+    us = {(row["shape"], row["m"], row["what"]): row["us"] for row in found.rows}
+    for row in found.rows:
+        assert set(row) == KEYS
+        assert row["copies"] == timing.LEAST_COPIES
+        assert 0 < row["error"] < truth.TOLERANCE[BF16]
+        assert row["speedup"] == us[row["shape"], row["m"], "dense"] / row["us"]
+        floor = max(row["bytes"] / LIMITS.copy, row["flops"] / LIMITS.flops) * 1e6
+        assert row["roofline"] == pytest.approx(floor / row["us"])
+    one = next(row for row in found.rows if (row["shape"], row["what"], row["m"]) == ("128x64", "cpu_int4", 1))
+    # Codes, scales and zero points of 2 groups a row, x, y.
+    assert one["bytes"] == 64 * 128 // 2 + 64 * 2 * 2 + 64 * 2 // 2 + 2 * (128 + 64)
+    assert {(row["m"], row["what"]) for row in found.rows if row["preferred"]} == {(1, "cpu_int4"), (70, "slab")}
+
+
+def test_a_wrong_kernel_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = slab.run
+    monkeypatch.setattr(
+        slab, "run", lambda x, packed, bias=None: right(x, packed, bias) * (1.05 if len(x) == 70 else 1)
+    )
+    found = measured()
+    assert [line.partition(": ")[0] for line in found.wrong] == ["slab at 128x64", "slab at 256x96"]
+    assert "the result for M=70 is off by" in found.wrong[0]
+    assert "slab" not in {row["what"] for row in found.rows}
+    assert "dense" in {row["what"] for row in found.rows}
+
+
+def test_a_kernel_that_changes_its_bits_or_fails_while_timed_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, count = slab.run, [0]
+    plan = replace(PLAN, shapes=PLAN.shapes[:1], rows=(70,))
+
+    def moving(x: Tensor, packed: Any, bias: Any = None) -> Tensor:
+        count[0] += 1
+        y = right(x, packed, bias)
+        y[0, 0] += count[0] * 2**-7
+        return y
+
+    def late(x: Tensor, packed: Any, bias: Any = None) -> Tensor:
+        count[0] += 1
+        return right(x, packed, bias) * (1 if count[0] <= 2 else float("nan"))
+
+    for broken, reason in ((moving, "gives other bits the second time"), (late, "elements that are not finite")):
+        count[0] = 0
+        monkeypatch.setattr(slab, "run", broken)
+        found = measured(plan)
+        assert len(found.wrong) == 1
+        assert reason in found.wrong[0]
+        assert "slab" not in {row["what"] for row in found.rows}
+
+
+def test_a_rival_that_is_wrong_or_raises_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(x: Tensor, runtime: Any) -> Tensor:
+        raise NotImplementedError("not on this device\nsecond line")
+
+    off = rivals.Rival("off", lambda problem: None, rivals.dense, lambda x, w: torch.nn.functional.linear(x, w * 1.1))
+    bad = rivals.Rival("bad", lambda problem: None, rivals.dense, failing)
+    monkeypatch.setattr(rivals, "RIVALS", (rivals.DENSE, off, bad))
+    found = measured()
+    assert not found.wrong, "a rival's failure is not ours"
+    assert "the result for M=1 is off by" in found.absent["off at 128x64"]
+    assert found.absent["bad at 128x64"] == "NotImplementedError: not on this device"
+    assert {row["what"] for row in found.rows}.isdisjoint({"off", "bad"})
+
+
+def test_what_time_does_not_allow_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = measured(replace(PLAN, seconds=0.0))
+    assert (found.rows, found.skipped) == ([], ["128x64", "256x96"])
+    monkeypatch.setattr(bench, "RIVAL_SHARE", 0.0)
+    told = measured(PLAN).absent
+    assert "dense at 256x96" not in told, "without it there are no ratios"
+    if "torch int4" not in told:
+        assert "its share of the time" in told["torch int4 at 256x96"]
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize(("columns", "size"), [(4096, 4096), (2048, 128), (160, 32)])
+def test_the_gate_lets_rounding_through_and_nothing_else(
+    columns: int, size: int, dtype: torch.dtype, symmetric: bool
+) -> None:
+    generator = torch.Generator().manual_seed(columns)
+    packed = truth.draw(generator, 48, columns, size, symmetric, dtype)
+    x = truth.draw_input(generator, 33, columns, dtype)
+    wanted = truth.truth(x, packed)
+    y = slab.run(x, packed)
+    assert truth.judge(y, wanted).wrong is None, "each weight and y rounded once"
+    assert truth.judge(y[:5], wanted).wrong is None
+    assert truth.judge(y[:0], wanted).wrong is None
+    lost, point = packed.scale.clone(), y.clone()
+    lost[:, -1] = 0
+    point[7, 9] += 16 * truth.TOLERANCE[dtype] * wanted.size[7, 9]
+    bad: list[tuple[Tensor, str]] = [
+        (slab.run(x, replace(packed, scale=lost)), "is off by"),
+        (slab.run(torch.cat((x[:, : columns // 2], x[:, columns // 2 :] * 0), 1), packed), "is off by"),
+        (point, "has an element that is off, [7, 9]"),
+        (torch.where(torch.arange(48) == 3, float("nan"), y), "33 elements that are not finite, first at [0, 3]"),
+        (y.float(), "is torch.float32"),
+        (y[:, :-1], "it must be 16-bit [33, 48]"),
+    ]
+    if not symmetric:
+        bad.append((slab.run(x, replace(packed, zero=None)), "is off by"))
+    for other, reason in bad:
+        wrong = truth.judge(other, wanted).wrong
+        assert wrong is not None
+        assert reason in wrong
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_truth_in_pieces_is_the_reference(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    packed = truth.draw(generator, 100, 96, 32, False, BF16, bits)
+    x, bias = truth.draw_input(generator, 5, 96, BF16), truth.draw_input(generator, 1, 100, BF16)[0]
+    monkeypatch.setattr(truth, "PIECE", 1)
+    assert [piece.rows for _, piece in truth.pieces(packed)] == [32, 32, 32, 4]
+    want = reference.run(x.double(), packed, bias.double(), torch.float64)
+    torch.testing.assert_close(truth.truth(x, packed, bias).y, want, rtol=1e-12, atol=1e-12)
+    assert torch.equal(rivals.dense(packed, BF16), reference.dequantize(packed).to(BF16))
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+def test_gemlite_is_given_the_weight_as_it_takes_it(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in with the signatures of gemlite 0.6.0: (codes - zeros) * scales, codes uint8 [N, K], scales [N, G]."""
+
+    class Layer:
+        def __init__(self, W_nbits: int, group_size: int, in_features: int, out_features: int, **dtypes: str) -> None:
+            assert (W_nbits, dtypes) == (4, {"input_dtype": "fp16", "output_dtype": "fp16"})
+            self.sizes = (out_features, in_features, group_size)
+
+        def pack(self, W_q: Tensor, scales: Tensor, zeros: Tensor | int, bias: Tensor | None) -> None:
+            assert (W_q.dtype, tuple(W_q.shape), bias) == (torch.uint8, self.sizes[:2], None)
+            wide = scales.repeat_interleave(self.sizes[2], 1)
+            points = zeros.repeat_interleave(self.sizes[2], 1) if isinstance(zeros, Tensor) else zeros
+            self.weight = ((W_q.float() - points) * wide).half()
+
+        def __call__(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.linear(x, self.weight)
+
+    core = types.ModuleType("gemlite.core")
+    vars(core).update(GemLiteLinear=Layer, DType=types.SimpleNamespace(FP16="fp16", BF16="bf16"))
+    monkeypatch.setitem(sys.modules, "gemlite", types.ModuleType("gemlite"))
+    monkeypatch.setitem(sys.modules, "gemlite.core", core)
+    generator = torch.Generator().manual_seed(0)
+    packed = truth.draw(generator, 64, 128, 32, symmetric, F16)
+    x = truth.draw_input(generator, 3, 128, F16)
+    rival = next(rival for rival in rivals.RIVALS if rival.name == "gemlite")
+    assert truth.judge(rival.run(x, rival.prepare(packed, F16)), truth.truth(x, packed)).wrong is None
+
+
+def test_the_check_covers_the_grid_and_names_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = checking.cases(False)
+    four = {(case.group, case.dtype, case.symmetric) for case in listed if case.bits == 4}
+    assert len(four) == len(checking.GROUPS) * 4
+    assert all({0, 1, 1024} <= set(case.rows) for case in listed if case.bits == 4)
+    assert any(case.n % 64 and case.k % 128 for case in listed)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    case = next(case for case in checking.cases(True) if case.group == 64 and not case.symmetric)
+    good = checking.check(case, "cpu", 3)
+    assert (good.wrong, good.products) == ((), len(case.rows) * len(good.kernels))
+    monkeypatch.setattr(slab, "zero_points", lambda packed: None)
+    bad = checking.check(case, "cpu", 3)
+    assert any(why.startswith("slab M=1 is off by") for why in bad.wrong)
+    monkeypatch.setattr(slab, "run", lambda x, packed, bias: x.new_empty(len(x), packed.rows))
+    assert any("not finite" in why for why in checking.check(case, "cpu", 3).wrong), "fresh memory is poisoned"
+
+
+def test_shapes_are_read_and_refused() -> None:
+    assert tables.parse_shapes(["4096x14336"]) == (Shape(4096, 14336),)
+    for text in ("4096", "0x64", "64x", "a4x4"):
+        with pytest.raises(LlmqError, match="a shape must be KxN, two positive numbers"):
+            tables.parse_shapes([text])
+    with pytest.raises(LlmqError, match="group_size must divide the 100 columns; got 64"):
+        truth.draw(torch.Generator(), 16, 100, 64, True, F16)
+
+
+def run(*command: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | more
+    return subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_the_script_writes_one_record(tmp_path: Path) -> None:
+    options = [
+        "--self-test",
+        "--dtype",
+        "bfloat16",
+        "--group",
+        "0",
+        "--asym",
+        "--rows",
+        "1",
+        "70",
+        "--shapes",
+        "128x64",
+    ]
+    done = run(sys.executable, "scripts/bench_kernels.py", *options, "--output", tmp_path, "--seed", "4")
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.iterdir()
+    record = json.loads(file.read_text())
+    assert file.name == "kernels-bfloat16-gchannel-asym-cpu.json"
+    assert (record["device"], record["seed"], record["self_test"], record["symmetric"]) == ("cpu", 4, True, False)
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["command"].startswith("scripts/bench_kernels.py --self-test")
+    assert str(tmp_path.parent) not in file.read_text(), "records are published: no paths of a machine"
+    assert "SELF-TEST on the CPU: nothing below is a measurement" in done.stdout
+    assert all(row["us"] > 0 and row["roofline"] > 0 for row in record["rows"])
+    assert {"slab", "dense"} <= {row["what"] for row in record["rows"]}
+
+
+def test_a_gpu_day_names_the_steps_that_failed(tmp_path: Path) -> None:
+    done = run("scripts/gpu_day.sh", tmp_path, "--self-test", PYTHON="false")
+    assert done.returncode == 1
+    assert "FAILED: check (1) ceilings (1) sweep (1) bench (1) bench-bfloat16 (1)" in done.stdout
+    assert (tmp_path / "logs" / "sweep.log").exists(), "a failing step does not stop the next"
+    assert run("scripts/gpu_day.sh").returncode == 2
+    assert run("scripts/gpu_day.sh", tmp_path, "--quick").returncode == 2

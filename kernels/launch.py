@@ -70,10 +70,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Device:
-    """What a configuration depends on. arch: sm_90, gfx942, ... or `interpreter`. processors: SMs or compute units."""
+    """What a configuration depends on. arch: sm_90, gfx942, ... or `interpreter`. processors: SMs or compute units.
+
+    name: as its driver tells it: an H100 and an H200 have one architecture and 132 processors, but other memories.
+    """
 
     arch: str
     processors: int
+    name: str = ""
 
 
 def buckets(arch: str) -> tuple[int, ...]:
@@ -162,12 +166,11 @@ def _stages(arch: str) -> int:
 
 @cache
 def table_of(device: Device, folder: Path = TUNED) -> tuple[Row, ...]:
-    """The measured rows for a device: the table with its architecture and number of processors; () where there is none."""
-    for file in sorted(folder.glob("*.json")):
-        table = json.loads(file.read_text())
-        if (table["arch"], table["processors"]) == (device.arch, device.processors):
-            return tuple(_row(row) for row in table["rows"])
-    return ()
+    """The measured rows for a device: of its own table, else of one with its architecture and number of processors; else ()."""
+    tables = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    fitting = [table for table in tables if (table["arch"], table["processors"]) == (device.arch, device.processors)]
+    fitting.sort(key=lambda table: table.get("device") != device.name)  # stable: its own first
+    return tuple(_row(row) for row in fitting[0]["rows"]) if fitting else ()
 
 
 def _row(values: dict[str, Any]) -> Row:

@@ -179,8 +179,8 @@ def device_of(device: torch.device) -> Device:
         return Device("interpreter", 8)
     found = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
-        return Device(found.gcnArchName.split(":")[0], found.multi_processor_count)
-    return Device(f"sm_{found.major}{found.minor}", found.multi_processor_count)
+        return Device(found.gcnArchName.split(":")[0], found.multi_processor_count, found.name)
+    return Device(f"sm_{found.major}{found.minor}", found.multi_processor_count, found.name)
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -165,3 +165,12 @@ def test_the_nearest_measured_row_decides(tmp_path: Path) -> None:
     assert nearest(table, "float16", 128, 8, 4096, 512) is None
     assert nearest(table, "bfloat16", 128, 8, 4096, 4096) is None
     assert configure(H200, "float16", 128, 3, 4096, 4000, table) == Launch(8, 64, 4, 3, 5, "assembly")
+
+
+def test_a_device_takes_its_own_table_before_a_twin_s(tmp_path: Path) -> None:
+    for name, warps in (("NVIDIA H100", 4), ("NVIDIA H200", 8)):
+        row = vars(Row("float16", 128, 8, 4096, 4096, 64, warps, 3, 1)) | {"us": 1.0}
+        stored = {"arch": "sm_90", "processors": 132, "device": name, "measured": "by no one", "rows": [row]}
+        (tmp_path / f"{warps}.json").write_text(json.dumps(stored))
+    for name, warps in (("NVIDIA H100", 4), ("NVIDIA H200", 8), ("NVIDIA GH200", 4)):
+        assert table_of(Device("sm_90", 132, name), tmp_path)[0].warps == warps

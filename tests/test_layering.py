@@ -46,6 +46,10 @@ EDGES: dict[str, set[str]] = {
         *("blockwork", "pipeline", "plan", "sizing", "report", "transforms"),
     },
     "evaluation": {"api", "calibration", "eval", "hf"},
+    "bench": {
+        *("api", "blocks", "eval", "evaluation", "hf", "joined", "kernels", "launches", "linear", "methods"),
+        *("plan", "report"),
+    },
     "console": {"blockwork", "eval", "pipeline", "sizing", "report", "transforms"},
     "progress": {"calibration", "console", "pipeline", "report"},
     "cli": {"api", "console", "demo", "evaluation", "hf", "progress"},

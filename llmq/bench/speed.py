@@ -1,0 +1,176 @@
+"""Tokens per second of several forms of one model, in turns: prefill, and decode at several batch sizes.
+
+    prefill        one forward over `prefill` tokens, its cache made inside
+    decode eager   forwards of one token each with the cache that the model makes, as `generate` does them
+    decode fast    steps of `llmq.hf.decoding.Decoder`: a replayed CUDA graph where there is one, else the same step eagerly
+
+Prompts are random ids (speed does not depend on them) and are read before the clock starts. The clock is read when the device
+is done. Medians. The memory that a case takes is the growth of the device's allocated memory in its first, uncounted run.
+"""
+
+from __future__ import annotations
+
+import inspect
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq.bench.turns import in_turns
+from llmq.bench.variants import Variant
+from llmq.errors import LlmqError
+from llmq.eval.models import context_length, input_device, vocabulary_size
+from llmq.hf.decoding import Decoder
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured. batches: sequences that are decoded at a time. prefill: tokens of the prompt that is timed.
+    prompt: tokens before those that are decoded. new: tokens decoded in one run. rounds: runs of each case at most.
+    """
+
+    batches: tuple[int, ...] = (1, 8, 32)
+    prefill: int = 2048
+    prompt: int = 128
+    new: int = 32
+    rounds: int = 15
+
+    def __post_init__(self) -> None:
+        if not self.batches:
+            raise LlmqError("batches must name at least one number of sequences; got none")
+        single = {name: getattr(self, name) for name in ("prefill", "prompt", "new", "rounds")}
+        for name, value in {**single, "batches": min(self.batches)}.items():
+            if value < 1:
+                raise LlmqError(f"{name} must be at least 1; got {value}")
+
+
+@dataclass
+class Case:
+    """One form of a model doing one thing. Called, it does it once and returns the seconds that count."""
+
+    variant: Variant
+    what: str
+    how: str
+    batch: int
+    tokens: int
+    prompt: int
+    grown: int | None = None
+    note: str | None = None
+    _decoder: Decoder | None = field(default=None, repr=False)
+
+    @torch.inference_mode()
+    def __call__(self) -> float:
+        device = input_device(self.variant.model)
+        on_gpu = device.type == "cuda"
+        if on_gpu and self.grown is None:
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device) if on_gpu else 0
+        seconds = {"prefill": self._prefill, "eager": self._eager, "fast": self._fast}[self.how]()
+        if on_gpu and self.grown is None:
+            self.grown = torch.cuda.max_memory_allocated(device) - before
+        return seconds
+
+    def _ids(self, tokens: int) -> Tensor:
+        model = self.variant.model
+        generator = torch.Generator().manual_seed(tokens)
+        ids = torch.randint(vocabulary_size(model) or 1, (self.batch, tokens), generator=generator)
+        return ids.to(input_device(model))
+
+    def _prefill(self) -> float:
+        ids, model, last = self._ids(self.tokens), self.variant.model, _last(self.variant.model)
+        began = _clock(ids.device)
+        model(input_ids=ids, use_cache=True, **last).logits[:, -1].argmax(-1)
+        return _clock(ids.device) - began
+
+    def _eager(self) -> float:
+        ids, model, last = self._ids(self.prompt), self.variant.model, _last(self.variant.model)
+        output = model(input_ids=ids, use_cache=True, **last)
+        token = output.logits[:, -1].argmax(-1, keepdim=True)
+        began = _clock(ids.device)
+        for _ in range(self.tokens):
+            output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True, **last)
+            token = output.logits[:, -1].argmax(-1, keepdim=True)
+        return _clock(ids.device) - began
+
+    def _fast(self) -> float:
+        if self._decoder is None:
+            self._decoder = Decoder(self.variant.model, self.batch, self.prompt + self.tokens + 1)
+        decoder, ids = self._decoder, self._ids(self.prompt)
+        decoder.prefill(ids)
+        self.note = "CUDA graph" if decoder.graph is not None else f"eager: {decoder.eager_because}"
+        began = _clock(ids.device)
+        for _ in range(self.tokens):
+            decoder.step()
+        return _clock(ids.device) - began
+
+
+def measure(
+    variants: Sequence[Variant], sizes: Sizes, seconds: float
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of what was measured, and of what was not, with the reason, in `seconds` in all."""
+    groups, missing = [], []
+    for what, how, batch, tokens in planned(variants, sizes):
+        group = [Case(variant, what, how, batch, tokens, sizes.prompt) for variant in variants]
+        try:
+            if how == "fast":
+                Decoder(variants[0].model, 1, 2)  # refused here, where it is
+            groups.append(group)
+        except LlmqError as error:
+            missing.append({"what": what, "how": how, "batch": batch, "why": str(error)})
+    times = in_turns(groups, seconds, sizes.rounds)
+    rows: list[dict[str, Any]] = []
+    for group, found in zip(groups, times, strict=True):
+        if not found[0]:
+            case = group[0]
+            why = f"no time was left of {seconds:.0f} s: give more seconds, or ask for less"
+            missing.append({"what": case.what, "how": case.how, "batch": case.batch, "why": why})
+            continue
+        first = statistics.median(found[0])
+        rows += [row_of(case, timed, first) for case, timed in zip(group, found, strict=True)]
+    return rows, missing
+
+
+def planned(variants: Sequence[Variant], sizes: Sizes) -> list[tuple[str, str, int, int]]:
+    """(what, how, batch, tokens) of each case. `LlmqError` where the model's context is too short to decode."""
+    context = context_length(variants[0].model) or sizes.prefill + sizes.prompt + sizes.new
+    if sizes.prompt + sizes.new >= context:
+        raise LlmqError(f"prompt + new must be below the model's context of {context}; got {sizes.prompt + sizes.new}")
+    listed = [("prefill", "prefill", 1, min(sizes.prefill, context))]
+    return listed + [("decode", how, batch, sizes.new) for batch in sizes.batches for how in ("eager", "fast")]
+
+
+def row_of(case: Case, times: Sequence[float], first: float) -> dict[str, Any]:
+    """JSON values. speedup: over the first of its group."""
+    median = statistics.median(times)
+    steps = 1 if case.what == "prefill" else case.tokens
+    return {
+        "what": case.what,
+        "how": "fast" if case.how == "fast" else "eager",
+        "note": case.note,
+        "variant": case.variant.name,
+        "batch": case.batch,
+        "tokens": case.tokens,
+        "tokens_per_second": case.batch * case.tokens / median,
+        "ms_per_forward": 1000 * median / steps,
+        "fastest_ms": 1000 * min(times) / steps,
+        "slowest_ms": 1000 * max(times) / steps,
+        "speedup": first / median,
+        "runs": len(times),
+        "grown_bytes": case.grown,
+    }
+
+
+def _last(model: Any) -> dict[str, int]:
+    """As `generate` does: a prefill does not pay for logits that nobody reads."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -51,7 +51,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 def test_loaded_logits_equal_those_of_the_dequantized_model(tmp_path: Path, arch: str, symmetric: bool) -> None:
     original = tiny_model(arch)
     before = copy.deepcopy(original.state_dict())
-    config = llmq.QuantConfig(group_size=32, symmetric=symmetric, dtype="float32")
+    config = llmq.QuantConfig("gptq", group_size=32, symmetric=symmetric, dtype="float32")
     report = llmq.quantize(original, tmp_path / "out", config, WINDOWS)
     assert all(torch.equal(before[k], v) for k, v in original.state_dict().items()), "the source is not changed"
     model = llmq.load(tmp_path / "out")
@@ -472,11 +472,12 @@ def test_nan_in_a_weight_is_named_and_leaves_nothing(tmp_path: Path, method: str
     assert list(tmp_path.iterdir()) == []
 
 
-def test_inf_in_an_activation_names_block_and_linear(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["gptq", "awq", "awq+gptq"])
+def test_inf_in_an_activation_names_block_and_linear(tmp_path: Path, method: str) -> None:
     model = tiny_model("llama")
     model.model.layers[1].mlp.up_proj.weight.data.fill_(3e38)
     with pytest.raises(llmq.LlmqError, match="the input of model.layers.1.mlp.down_proj holds NaN or inf"):
-        llmq.quantize(model, tmp_path / "out", llmq.QuantConfig(group_size=32, scales="minmax"), WINDOWS)
+        llmq.quantize(model, tmp_path / "out", llmq.QuantConfig(method, group_size=32, scales="minmax"), WINDOWS)
 
 
 def test_conv1d_and_existing_outputs_are_refused(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ a linear) in its storage dtype, and the columns get the inverse of what the norm
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -70,7 +71,7 @@ def awq(block: nn.Module, pair: Pair, observed: Observed, task: Task) -> Proposa
     if best is not none:
         found |= {scales: score(scales) for scales in candidates.near(best)}
         best = min(found, key=lambda scales: found[scales])
-    fit = found[best] / found[none] if found[none] > 0 else 1.0
+    fit = found[best] / found[none] if 0 < found[none] < math.inf else 1.0
     if best is none:
         report = PairReport(pair.producer, pair.consumers, str(best), fit, None, "no scale lowers the error")
         return Proposal(report)
@@ -93,8 +94,10 @@ class _Consumer:
         self._share = len(weight) / count
 
     def error(self, factors: Tensor, moment: Tensor, dtype: torch.dtype) -> float:
-        """tr(E H E^T), estimated from some rows. moment: H of the inputs as they are; dtype: of scales."""
+        """tr(E H E^T), estimated from some rows; inf where it overflows. moment: H of the inputs as they are; dtype: of scales."""
         scaled = self._weight * factors
+        if not bool(torch.isfinite(scaled).all()):
+            return math.inf
         found = search(scaled, self._grid, dtype, moment.diagonal() / factors.square(), RATIO_STEP)
         return self._lost(scaled, quantize(scaled, *found, self._grid), factors, moment)
 
@@ -105,7 +108,8 @@ class _Consumer:
 
     def _lost(self, scaled: Tensor, rounded: QuantizedWeight, factors: Tensor, moment: Tensor) -> float:
         lost = rounded.dequantize(torch.float32).sub_(scaled).div_(factors)
-        return self._share * float((lost @ moment * lost).sum(dtype=torch.float64))
+        total = self._share * float((lost @ moment * lost).sum(dtype=torch.float64))
+        return total if math.isfinite(total) else math.inf
 
 
 class _Candidates:

@@ -94,7 +94,7 @@ class _Consumer:
         self._share = len(weight) / count
 
     def error(self, factors: Tensor, moment: Tensor, dtype: torch.dtype) -> float:
-        """tr(E H E^T), estimated from some rows; inf where it overflows. moment: H of the inputs as they are; dtype: of scales."""
+        """tr(E H E^T), estimated from some rows; inf beyond float32. moment: H of the inputs as they are; dtype: of scales."""
         scaled = self._weight * factors
         if not bool(torch.isfinite(scaled).all()):
             return math.inf

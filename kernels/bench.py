@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from llmq.kernels import reference, rivals, slab, w4
-from llmq.kernels.launch import Launch, bucket, configure, nearest, table_of
+from llmq.kernels.launch import Launch, configure, table_of, told
 from llmq.kernels.layout import Tiled
 from llmq.kernels.problem import Packed, Problem
 from llmq.kernels.registry import KERNELS, choose
@@ -162,12 +162,10 @@ def _tabled(plan: Plan, folder: Path, packed: Packed) -> tuple[Callable[..., Ten
     def run(x: Tensor, tiled: Tiled) -> Tensor:
         return w4.multiply(x, tiled, None, launch(x.shape[0]))
 
-    def told(rows: int) -> str:
-        sizes = (bucket(device.arch, rows), packed.rows, packed.columns)
-        found = nearest(table, w4.DTYPES[plan.dtype], plan.group_size, *sizes)
-        return f"{launch(rows)} ({'by rule' if found is None else 'measured'})"
+    def words(rows: int) -> str:
+        return told(device, w4.DTYPES[plan.dtype], plan.group_size, rows, packed.rows, packed.columns, table)
 
-    return run, told
+    return run, words
 
 
 def _shape(

@@ -116,6 +116,13 @@ def configure(device: Device, dtype: str, group: int, rows: int, n: int, k: int,
     return Launch(size, bn, warps_of(device.arch, size, bn), _stages(device.arch), split, form)
 
 
+def told(device: Device, dtype: str, group: int, rows: int, n: int, k: int, table: Sequence[Row]) -> str:
+    """`configure` in words, and whether it was measured or follows the rules."""
+    measured = nearest(table, dtype, group, bucket(device.arch, rows), n, k) is not None
+    launch = configure(device, dtype, group, rows, n, k, table)
+    return f"{launch} ({'measured' if measured else 'by rule'})"
+
+
 def nearest(table: Sequence[Row], dtype: str, group: int, size: int, n: int, k: int) -> Row | None:
     """The measured row that stands for a shape, or None where none is near enough or fits."""
     near = []
@@ -170,8 +177,9 @@ def table_of(device: Device, folder: Path = TUNED) -> tuple[Row, ...]:
     tables = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
     fitting = [table for table in tables if (table["arch"], table["processors"]) == (device.arch, device.processors)]
     fitting.sort(key=lambda table: table.get("device") != device.name)  # stable: its own first
-    return tuple(_row(row) for row in fitting[0]["rows"]) if fitting else ()
+    return rows_of(fitting[0]["rows"]) if fitting else ()
 
 
-def _row(values: dict[str, Any]) -> Row:
-    return Row(**{name: values[name] for name in Row.__dataclass_fields__})
+def rows_of(listed: Sequence[dict[str, Any]]) -> tuple[Row, ...]:
+    """The rows of a table as JSON has them, which tell more than a launch needs."""
+    return tuple(Row(**{name: values[name] for name in Row.__dataclass_fields__}) for values in listed)

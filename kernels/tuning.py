@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from llmq.kernels import slab, w4
-from llmq.kernels.launch import Device, Launch, Row, buckets, configure, form_of
+from llmq.kernels.launch import Device, Launch, Row, buckets, configure, form_of, rows_of
 from llmq.kernels.layout import Tiled
 from llmq.kernels.problem import Packed
 from llmq.kernels.record import write
@@ -191,7 +191,7 @@ def crossover(
     rows: Sequence[int] = CROSSOVER_ROWS,
 ) -> None:  # fmt: skip
     """Times of the kernel, with the table found so far, and of the slab path, for every M of `rows` and every shape of tasks."""
-    known, table = w4.device_of(device), table_rows(found.rows)
+    known, table = w4.device_of(device), rows_of(found.rows)
     for task in {(t.dtype, t.group, t.n, t.k): t for t in listed}.values():
         if budget.over():
             found.skipped.append(f"crossover {task}")
@@ -216,11 +216,6 @@ def crossover(
         kept = [one for one in found.crossover if {name: one[name] for name in sizes} != sizes]
         new = sizes | {"triton_wins_up_to": most, "most_rows_now": w4.MOST_ROWS, "times": times}
         found.crossover[:] = [*kept, new]
-
-
-def table_rows(rows: Sequence[dict[str, Any]]) -> tuple[Row, ...]:
-    """Rows as `launch.table_of` reads them."""
-    return tuple(Row(**{name: row[name] for name in Row.__dataclass_fields__}) for row in rows)
 
 
 def load(path: Path, device: Device) -> Sweep:

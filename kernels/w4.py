@@ -24,7 +24,7 @@ from torch import Tensor
 
 from llmq.errors import LlmqError
 from llmq.kernels import counters, layout, slab
-from llmq.kernels.launch import Device, Launch, bucket, compiler_options, configure, nearest, table_of
+from llmq.kernels.launch import Device, Launch, compiler_options, configure, table_of, told
 from llmq.kernels.layout import Tiled
 from llmq.kernels.problem import Packed, Problem
 
@@ -83,11 +83,9 @@ def launch_of(problem: Problem, rows: int, device: torch.device) -> str | None:
     """The configuration, and whether it was measured or follows the rules."""
     if rows < 1:
         return None
-    found, dtype = device_of(device), DTYPES[problem.dtype]
+    found = device_of(device)
     group = 0 if problem.group_size == problem.columns else problem.group_size
-    table, sizes = table_of(found), (problem.rows, problem.columns)
-    measured = nearest(table, dtype, group, bucket(found.arch, rows), *sizes) is not None
-    return f"{configure(found, dtype, group, rows, *sizes, table)} ({'measured' if measured else 'by rule'})"
+    return told(found, DTYPES[problem.dtype], group, rows, problem.rows, problem.columns, table_of(found))
 
 
 def prepare(packed: Packed) -> Tiled:
@@ -173,6 +171,7 @@ def _group(tiled: Tiled) -> int:
     return 0 if tiled.group_size == tiled.columns else tiled.group_size
 
 
+@cache  # every launch asks
 def device_of(device: torch.device) -> Device:
     """What configurations depend on; `interpreter` with 8 processors for the CPU."""
     if device.type == "cpu":

@@ -18,7 +18,6 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from llmq.config import DEFAULT_METHOD as DEFAULT
 from llmq.config import DTYPES, METHODS, SCALES, Calibration, QuantConfig
 from llmq.config import method as named_method
 from llmq.errors import LlmqError
@@ -31,7 +30,7 @@ ScalesName = Enum("ScalesName", {name: name for name in SCALES}, type=str)  # ty
 DtypeName = Enum("DtypeName", {name: name for name in DTYPES}, type=str)  # type: ignore[misc]
 Bits = Enum("Bits", {"four": "4", "eight": "8"}, type=str)
 
-DEFAULT_METHOD = MethodName(DEFAULT)
+DEFAULT_METHOD = MethodName(QuantConfig.method)
 DEFAULT_BITS = Bits("4")
 DEFAULT_DTYPE = DtypeName("auto")
 

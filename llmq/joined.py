@@ -21,7 +21,7 @@ of changes, between a call of one linear and the first call of another with it, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from llmq.core.packing import pack, unpack
 from llmq.errors import LlmqError
 from llmq.kernels.problem import Packed, Problem
-from llmq.linear import QuantLinear
+from llmq.linear import QuantLinear, answering
 
 TOKENS = 2
 
@@ -190,31 +190,22 @@ def shared_inputs(model: nn.Module) -> list[tuple[str, ...]]:
     """Names of the packed linears of one module that are handed the very same tensor, in execution order."""
     seen: list[tuple[str, Tensor]] = []
     linears = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-    own = {
-        name: vars(module).pop("forward", None) for name, module in linears.items()
-    }  # accelerate's hooks stand there
+    names = {id(module): name for name, module in linears.items()}
 
-    def answering(name: str) -> Any:
+    def zeros_of(linear: QuantLinear) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
-            seen.append((name, x))
-            return x.new_zeros(*x.shape[:-1], linears[name].out_features)
+            seen.append((names[id(linear)], x))
+            return x.new_zeros(*x.shape[:-1], linear.out_features)
 
         return forward
 
-    for name, module in linears.items():
-        vars(module)["forward"] = answering(name)
     body = getattr(model, "base_model", model)
     device = next(parameter.device for parameter in model.parameters())
     try:
-        with torch.no_grad():
+        with torch.no_grad(), answering(list(linears.values()), zeros_of):
             body(input_ids=torch.zeros(1, TOKENS, dtype=torch.long, device=device), use_cache=False)
     except (RuntimeError, TypeError, ValueError) as error:
         raise LlmqError(f"fuse must run the model on two tokens, and it fails: {error}") from error
-    finally:
-        for name, module in linears.items():
-            del vars(module)["forward"]
-            if own[name] is not None:
-                vars(module)["forward"] = own[name]
     groups: dict[tuple[str, int], list[str]] = {}
     for name, x in seen:
         groups.setdefault((name.rpartition(".")[0], id(x)), []).append(name)

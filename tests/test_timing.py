@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llmq.kernels import counters, timing, tuning
-from llmq.kernels.launch import Device, buckets, configure, table_of
+from llmq.kernels.launch import Device, buckets, configure, rows_of, table_of
 from llmq.kernels.timing import Budget, Ceilings, Effort
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -189,7 +189,7 @@ def test_a_table_is_read_back_by_the_launch(tmp_path: Path) -> None:
     tuning.save(path, device, {"device": "some GPU", "measured": "by no one"}, found)
     assert [file.name for file in path.parent.iterdir()] == ["some-gpu.json"]
     table = table_of(device, path.parent)
-    assert table == tuning.table_rows(found.rows)
+    assert table == rows_of(found.rows)
     launch = configure(device, "float16", 128, 1, 4096, 4096, table)
     assert (launch.bn, launch.warps, launch.stages, launch.split) == (64, 8, 5, 2)
     assert tuning.load(path, device).rows == found.rows, "a later sweep goes on here"

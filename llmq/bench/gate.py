@@ -12,8 +12,8 @@ through `QuantizedWeight.dequantize`, which no kernel has a part in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from llmq.errors import LlmqError
 from llmq.eval.models import input_device, vocabulary_size
 from llmq.hf.decoding import generate_fast
-from llmq.linear import QuantLinear
+from llmq.linear import QuantLinear, answering
 
 STEP = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 2**-20}
 """Relative error of one result: two roundings."""
@@ -101,9 +101,9 @@ def _share_of_allowed(y: Tensor, x: Tensor, linear: QuantLinear) -> float:
 
 def check_logits(name: str, model: Any, ids: Tensor) -> tuple[float, float, float]:
     """Relative distance to exact linears of the packed model, of the dense one, and the dense one's largest difference."""
-    with answering(model, lambda linear: torch.float32):
+    with _dense(model, torch.float32):
         exact = _logits(model, ids)
-    with answering(model, lambda linear: model.dtype):
+    with _dense(model, model.dtype):
         dense = _logits(model, ids)
     size = exact.norm()
     packed = _logits(model, ids)
@@ -121,29 +121,17 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     return logits.float()
 
 
-@contextmanager
-def answering(model: nn.Module, dtype: Callable[[QuantLinear], torch.dtype]) -> Iterator[None]:
-    """Packed linears answer from their dequantized weight, computed in a dtype of theirs and rounded to the input's."""
-    linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
+def _dense(model: nn.Module, kind: torch.dtype) -> AbstractContextManager[None]:
+    """Packed linears answer from their dequantized weight, computed in `kind` and rounded to the input's dtype."""
 
     def forward_of(linear: QuantLinear) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
-            kind = dtype(linear)
             bias = None if linear.bias is None else linear.bias.to(kind)
             return nn.functional.linear(x.to(kind), linear.dequantize(kind), bias).to(x.dtype)
 
         return forward
 
-    own = [vars(linear).pop("forward", None) for linear in linears]  # accelerate's hooks stand there
-    try:
-        for linear in linears:
-            vars(linear)["forward"] = forward_of(linear)
-        yield
-    finally:
-        for linear, before in zip(linears, own, strict=True):
-            del vars(linear)["forward"]
-            if before is not None:
-                vars(linear)["forward"] = before
+    return answering([module for module in model.modules() if isinstance(module, QuantLinear)], forward_of)
 
 
 def check_tokens(name: str, model: Any, prompts: Prompts, noise: float) -> dict[str, Any]:

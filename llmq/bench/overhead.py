@@ -34,7 +34,7 @@ from llmq.errors import LlmqError
 from llmq.hf.decoding import Decoder
 from llmq.kernels import layout, w4
 from llmq.kernels.registry import KERNELS
-from llmq.linear import QuantLinear
+from llmq.linear import QuantLinear, answering
 
 PASSES, STEPS, PROMPT = 100, 20, 8
 
@@ -126,8 +126,8 @@ def nothing_to_do(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     def run(x: Tensor, runtime: Any, bias: Tensor | None = None) -> Tensor:
         return ready(x, len(x), runtime.rows)
 
-    def forward_of(rows: int) -> Callable[[Tensor], Tensor]:
-        return lambda x: ready(x, *x.shape[:-1], rows)
+    def forward_of(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+        return lambda x: ready(x, *x.shape[:-1], linear.out_features)
 
     runs = [kernel.run for kernel in KERNELS]
     found = (model.get_submodule(name) for name in names)
@@ -135,14 +135,11 @@ def nothing_to_do(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     try:
         for kernel in KERNELS:
             kernel.run = run  # type: ignore[method-assign]
-        for module in dense:
-            vars(module)["forward"] = forward_of(module.out_features)
-        yield
+        with answering(dense, forward_of):
+            yield
     finally:
         for kernel, own in zip(KERNELS, runs, strict=True):
             kernel.run = own  # type: ignore[method-assign]
-        for module in dense:
-            vars(module).pop("forward", None)
 
 
 @torch.inference_mode()

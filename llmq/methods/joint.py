@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from llmq.core.grid import Grid, checked_scale, quantize
-from llmq.methods.scales import ZERO_SHIFTS, search
+from llmq.methods.scales import clamped, search
 
 WIDEST = 256
 FACTORS = tuple(1.14 - 0.02 * step for step in range(15))
@@ -63,7 +63,6 @@ def _descend(weight: Tensor, grid: Grid, hessian: Tensor, added: float, scale: T
         best = _cost(lost[:, columns], own, others)
         chosen, offset = scale[:, group], None if zero is None else zero[:, group]
         part = weight[:, columns].contiguous()
-        chosen, offset = scale[:, group], None if zero is None else zero[:, group]
         for error, candidate, shifted in _around(
             part, chosen.clone(), None if offset is None else offset.clone(), grid
         ):
@@ -90,16 +89,9 @@ def _around(
         wide = candidate.float().unsqueeze(1)
         torch.div(weight, wide, out=steps)
         torch.round(steps, out=codes)
-        if zero is None:
-            for sign, low in ((1, -grid.middle), (-1, 1 - grid.middle)):
-                torch.clamp(codes, low, low + grid.levels, out=error)
-                yield error.sub_(steps).mul_(wide), candidate * sign, None
-            continue
-        middle = (zero.float() / factor).round_()
-        for shift in ZERO_SHIFTS:
-            shifted = (middle + shift).clamp_(0, grid.levels)
-            torch.clamp(codes, -shifted.unsqueeze(1), (grid.levels - shifted).unsqueeze(1), out=error)
-            yield error.sub_(steps).mul_(wide), candidate, shifted.to(torch.uint8)
+        nearest = None if zero is None else (zero.float() / factor).round_()
+        for lost, sign, shifted in clamped(codes, steps, nearest, grid, error):
+            yield lost.mul_(wide), candidate * sign, shifted
 
 
 def _cost(error: Tensor, own: Tensor, others: Tensor) -> Tensor:

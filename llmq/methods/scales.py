@@ -108,10 +108,8 @@ def _symmetric(
         scale = checked_scale(largest * ratio, dtype)
         torch.div(groups, scale.float().unsqueeze(-1), out=steps)
         torch.round(steps, out=codes)
-        for sign in (1, -1):
-            low, high = (-grid.middle, grid.middle - 1) if sign == 1 else (1 - grid.middle, grid.middle)
-            torch.clamp(codes, low, high, out=error)
-            yield _distance(error, steps, root, scale), scale * sign, None
+        for lost, sign, _ in clamped(codes, steps, None, grid, error):
+            yield _distance(lost, root, scale), scale * sign, None
 
 
 def _asymmetric(
@@ -126,14 +124,31 @@ def _asymmetric(
         nearest = zero_for(low * ratio, scale, grid).float()
         torch.div(groups, scale.float().unsqueeze(-1), out=steps)
         torch.round(steps, out=codes)
-        for shift in ZERO_SHIFTS:
-            zero = (nearest + shift).clamp_(0, grid.levels)
-            torch.clamp(codes, -zero.unsqueeze(-1), (grid.levels - zero).unsqueeze(-1), out=error)
-            yield _distance(error, steps, root, scale), scale, zero.to(torch.uint8)
+        for lost, _, zero in clamped(codes, steps, nearest, grid, error):
+            yield _distance(lost, root, scale), scale, zero
 
 
-def _distance(codes: Tensor, steps: Tensor, root: Tensor, scale: Tensor) -> Tensor:
-    """Weighted squared error [n, G] of codes for steps = w / scale; overwrites `codes`."""
-    error = torch.linalg.vector_norm(codes.sub_(steps).mul_(root), dim=-1)
+def clamped(
+    codes: Tensor, steps: Tensor, nearest: Tensor | None, grid: Grid, out: Tensor
+) -> Iterator[tuple[Tensor, int, Tensor | None]]:
+    """(error in steps, sign of the scale, zero point or None) of each range that steps = w / scale [.., g] may be held in.
+
+    codes: the steps rounded. nearest: float zero points [..], None where symmetric: then both signs of the scale, of which
+    each has one code more at another end; else the zero point and its neighbours. out: [.., g], overwritten by the next.
+    """
+    if nearest is None:
+        for sign, low in ((1, -grid.middle), (-1, 1 - grid.middle)):
+            torch.clamp(codes, low, low + grid.levels, out=out)
+            yield out.sub_(steps), sign, None
+        return
+    for shift in ZERO_SHIFTS:
+        zero = (nearest + shift).clamp_(0, grid.levels)
+        torch.clamp(codes, -zero.unsqueeze(-1), (grid.levels - zero).unsqueeze(-1), out=out)
+        yield out.sub_(steps), 1, zero.to(torch.uint8)
+
+
+def _distance(lost: Tensor, root: Tensor, scale: Tensor) -> Tensor:
+    """Weighted squared error [n, G] of errors in steps; overwrites them."""
+    error = torch.linalg.vector_norm(lost.mul_(root), dim=-1)
     weighted: Tensor = error.mul_(scale.float().abs()).square_()
     return weighted

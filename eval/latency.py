@@ -17,7 +17,7 @@ import inspect
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.errors import LlmqError
-from llmq.eval.models import context_length, evaluation_mode, input_device, vocabulary_size
+from llmq.eval.models import context_length, evaluation_mode, input_device, random_ids, wait
 
 WARM_UP_TOKENS = 2
 
@@ -75,23 +75,16 @@ def measure_in_turns(
         _check(model, sizes)
         if input_device(model).type == "cuda":
             torch.cuda.reset_peak_memory_stats(input_device(model))
-    prompts = [_prompt(model, batch_size, prompt_tokens) for model in models]
+    prompts = [random_ids(model, batch_size, prompt_tokens) for model in models]
     times: list[list[tuple[float, float]]] = [[] for _ in models]
     for repeat in range(repeats + 1):
         for model, prompt, found in zip(models, prompts, times, strict=True):
             with evaluation_mode(model):
                 if repeat == 0:
-                    _once(model, prompt, min(WARM_UP_TOKENS, new_tokens))
+                    once(model, prompt, min(WARM_UP_TOKENS, new_tokens))
                 else:
-                    found.append(_once(model, prompt, new_tokens))
+                    found.append(once(model, prompt, new_tokens))
     return [_latency(model, found, sizes, len(models) == 1) for model, found in zip(models, times, strict=True)]
-
-
-def _prompt(model: nn.Module, batch_size: int, tokens: int) -> Tensor:
-    """Seeded random ids [batch, tokens] where the model takes them."""
-    generator = torch.Generator().manual_seed(0)
-    words = vocabulary_size(model) or 1
-    return torch.randint(words, (batch_size, tokens), generator=generator).to(input_device(model))
 
 
 def _latency(model: nn.Module, times: Sequence[tuple[float, float]], sizes: dict[str, int], alone: bool) -> Latency:
@@ -124,21 +117,20 @@ def _check(model: nn.Module, sizes: dict[str, int]) -> None:
         )
 
 
-def _once(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds of the prefill, and of `new_tokens` single-token forwards after it."""
+def once(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Seconds of the prefill of `prompt` [batch, tokens], and of `new_tokens` single-token forwards after it."""
     # As generate() does: without it the prefill would also pay for logits that nobody reads.
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    wait = _waiter(prompt.device)
-    wait()
+    wait(prompt.device)
     started = time.perf_counter()
     output = model(input_ids=prompt, use_cache=True, **last)
     token = _greedy(output)
-    wait()
+    wait(prompt.device)
     prefilled = time.perf_counter()
     for _ in range(new_tokens):
         output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True, **last)
         token = _greedy(output)
-    wait()
+    wait(prompt.device)
     return prefilled - started, time.perf_counter() - prefilled
 
 
@@ -146,13 +138,6 @@ def _greedy(output: Any) -> Tensor:
     """The most likely next tokens: int64 `[batch, 1]`."""
     token: Tensor = output.logits[:, -1].argmax(-1, keepdim=True)
     return token
-
-
-def _waiter(device: torch.device) -> Callable[[], None]:
-    """Kernels of a GPU are queued: the clock may be read only after they ended."""
-    if device.type == "cuda":
-        return lambda: torch.cuda.synchronize(device)
-    return lambda: None
 
 
 def _peak_memory(device: torch.device) -> tuple[str, int | None]:

@@ -1,4 +1,4 @@
-"""What evaluations ask of any model: its context, its vocabulary, where ids go, and that it be in eval mode meanwhile."""
+"""What evaluations ask of any model: its context, its vocabulary, where ids go, when it is done, and that it be in eval mode."""
 
 from __future__ import annotations
 
@@ -41,3 +41,16 @@ def vocabulary_size(model: nn.Module) -> int | None:
 def input_device(model: nn.Module) -> torch.device:
     """Where token ids go: the device of the first parameter that has memory (offloaded ones are on meta)."""
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
+def random_ids(model: nn.Module, batch_size: int, tokens: int, seed: int = 0) -> Tensor:
+    """Seeded random ids int64 `[batch_size, tokens]` of the model's vocabulary, where the model takes them."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocabulary_size(model) or 1, (batch_size, tokens), generator=generator)
+    return ids.to(input_device(model))
+
+
+def wait(device: torch.device) -> None:
+    """Kernels of a GPU are queued: the clock may be read only after they ended."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

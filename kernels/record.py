@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from llmq.errors import LlmqError
 from llmq.kernels import w4
 from llmq.kernels.timing import cache_bytes
 
@@ -33,6 +34,15 @@ def about(device: torch.device, command: Sequence[str], seed: int, self_test: bo
     said = " ".join(Path(part).name if Path(part).is_absolute() else part for part in command)
     found |= {"command": said, "date": date, "seed": seed, "self_test": self_test}
     return found | {"measured": f"{date}, {told}, {said}" + (", self-test: no measurement" if self_test else "")}
+
+
+def measured_device(self_test: bool) -> torch.device:
+    """The current GPU; in a self-test the CPU. `LlmqError` where there is no GPU to measure."""
+    if self_test:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise LlmqError("torch finds no GPU here: run it on one, or try the code with --self-test")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def name_of(device: torch.device) -> str:

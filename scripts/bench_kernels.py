@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import sys
 import tempfile
 from dataclasses import asdict
@@ -53,15 +54,12 @@ def main() -> int:
     asked = arguments()
     if asked.self_test:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which is below
-    import torch
-
     from llmq.errors import LlmqError
+    from llmq.kernels.record import measured_device
 
-    if not asked.self_test and not torch.cuda.is_available():
-        print("torch finds no GPU here: run it on one, or try the code with --self-test", file=sys.stderr)
-        return 2
-    asked.seed = torch.seed() % (1 << 31) if asked.seed is None else asked.seed
+    asked.seed = secrets.randbelow(1 << 31) if asked.seed is None else asked.seed
     try:
+        asked.device = measured_device(asked.self_test)
         return check(asked) if asked.check_only else ceilings(asked) if asked.ceilings_only else bench(asked)
     except LlmqError as error:
         print(error, file=sys.stderr)
@@ -72,13 +70,7 @@ def head(asked: argparse.Namespace) -> dict[str, Any]:
     """What the record begins with."""
     from llmq.kernels.record import about
 
-    return about(device(asked), ("scripts/bench_kernels.py", *sys.argv[1:]), asked.seed, asked.self_test)
-
-
-def device(asked: argparse.Namespace) -> Any:
-    import torch
-
-    return torch.device("cpu") if asked.self_test else torch.device("cuda", torch.cuda.current_device())
+    return about(asked.device, ("scripts/bench_kernels.py", *sys.argv[1:]), asked.seed, asked.self_test)
 
 
 def place(asked: argparse.Namespace, name: str, record: dict[str, Any]) -> Path:
@@ -89,17 +81,12 @@ def place(asked: argparse.Namespace, name: str, record: dict[str, Any]) -> Path:
     return folder / f"{name}-{slug(record['device'])}.json"
 
 
-def write(path: Path, record: dict[str, Any]) -> None:
-    from llmq.kernels.record import write as written
-
-    written(path, record)
-
-
 def bench(asked: argparse.Namespace) -> int:
     """Measure; the record is written after each contender, so that a run that is stopped leaves what it reached."""
     import torch
 
     from llmq.kernels import bench as library
+    from llmq.kernels.record import write
     from llmq.kernels.tables import parse_shapes, show_bench
     from llmq.kernels.timing import SELF_TEST, Effort
     from llmq.kernels.timing import ceilings as measured
@@ -108,7 +95,7 @@ def bench(asked: argparse.Namespace) -> int:
     rows = tuple(asked.rows or (ROWS if asked.self_test else library.ROWS))
     effort, dtype = SELF_TEST if asked.self_test else Effort(), getattr(torch, asked.dtype)
     plan = library.Plan(
-        device(asked), dtype, asked.group, not asked.asym, shapes, rows, asked.seconds, asked.seed, effort, asked.tables
+        asked.device, dtype, asked.group, not asked.asym, shapes, rows, asked.seconds, asked.seed, effort, asked.tables
     )
     limits, findings = measured(plan.device, dtype, effort), library.Findings()
     record = head(asked) | {"dtype": asked.dtype, "group": asked.group, "symmetric": plan.symmetric}
@@ -130,11 +117,12 @@ def bench(asked: argparse.Namespace) -> int:
 def ceilings(asked: argparse.Namespace) -> int:
     import torch
 
+    from llmq.kernels.record import write
     from llmq.kernels.timing import SELF_TEST, Effort
     from llmq.kernels.timing import ceilings as measured
 
     effort = SELF_TEST if asked.self_test else Effort()
-    found = {name: asdict(measured(device(asked), getattr(torch, name), effort)) for name in ("float16", "bfloat16")}
+    found = {name: asdict(measured(asked.device, getattr(torch, name), effort)) for name in ("float16", "bfloat16")}
     for name, one in found.items():
         print(f"{name}: copy {one['copy'] / 1e12:.4g} TB/s, dense matmul {one['flops'] / 1e12:.4g} TFLOP/s")
     record = head(asked) | {"ceilings": found}
@@ -144,12 +132,13 @@ def ceilings(asked: argparse.Namespace) -> int:
 
 def check(asked: argparse.Namespace) -> int:
     from llmq.kernels import checking
+    from llmq.kernels.record import write
     from llmq.kernels.tables import show_check
     from llmq.kernels.timing import Budget
 
     budget, small = Budget(asked.seconds), asked.small or asked.self_test
     listed = checking.cases(small)
-    work = partial(checking.check, device=str(device(asked)), seed=asked.seed)
+    work = partial(checking.check, device=str(asked.device), seed=asked.seed)
     outcomes = [outcome for _, outcome in checking.spread(work, listed, asked.jobs, asked.seconds)]
     missed = [str(case) for case in listed[len(outcomes) :]]
     record = head(asked) | {"outcomes": [asdict(outcome) for outcome in outcomes], "skipped": missed}

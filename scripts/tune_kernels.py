@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import sys
 import tempfile
 from pathlib import Path
@@ -47,17 +48,12 @@ def main() -> int:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which is below
     import importlib.util
 
-    import torch
-
     from llmq.errors import LlmqError
 
     if importlib.util.find_spec("triton") is None:
         print("what is tuned is a Triton kernel, and triton is not installed: pip install triton", file=sys.stderr)
         return 2
-    if not asked.self_test and not torch.cuda.is_available():
-        print("torch finds no GPU here: run it on one, or try the code with --self-test", file=sys.stderr)
-        return 2
-    asked.seed = torch.seed() % (1 << 31) if asked.seed is None else asked.seed
+    asked.seed = secrets.randbelow(1 << 31) if asked.seed is None else asked.seed
     try:
         return tune(asked)
     except LlmqError as error:
@@ -67,15 +63,13 @@ def main() -> int:
 
 def tune(asked: argparse.Namespace) -> int:
     """Sweep, then the crossovers; the table is written after every row."""
-    import torch
-
     from llmq.kernels import tuning, w4
-    from llmq.kernels.record import about, slug
+    from llmq.kernels.record import about, measured_device, slug
     from llmq.kernels.tables import parse_shapes, show_sweep
     from llmq.kernels.timing import SELF_TEST, Budget, Effort
 
     budget, sweeping = Budget(asked.seconds), Budget(SWEEPING * asked.seconds)
-    device = torch.device("cpu") if asked.self_test else torch.device("cuda", torch.cuda.current_device())
+    device = measured_device(asked.self_test)
     known, effort = w4.device_of(device), SELF_TEST if asked.self_test else Effort()
     head = about(device, ("scripts/tune_kernels.py", *sys.argv[1:]), asked.seed, asked.self_test)
     folder = asked.output or (Path(tempfile.mkdtemp()) if asked.self_test else ROOT / "kernels" / "tuned")

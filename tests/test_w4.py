@@ -19,6 +19,7 @@ from llmq.kernels import ahead, gates, w4
 from llmq.kernels.launch import Device, Launch, Row, bucket, configure, form_of, nearest, table_of
 from llmq.kernels.problem import Problem
 from llmq.kernels.registry import choose
+from tests.interpreter import in_the_interpreter
 
 ROOT = Path(__file__).resolve().parent.parent
 F16 = torch.float16
@@ -29,12 +30,7 @@ absent = importlib.util.find_spec("triton") is None
 
 @pytest.mark.skipif(absent, reason="triton is not installed")
 def test_the_kernels_in_the_interpreter() -> None:
-    """In a process of its own: whether Triton interprets is decided where it is imported."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    files = [f"tests/interpreted_{name}.py" for name in ("w4", "dequant", "tuning")]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", *files]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    in_the_interpreter(*(f"tests/interpreted_{name}.py" for name in ("w4", "dequant", "tuning")))
 
 
 @pytest.mark.skipif(absent, reason="triton is not installed")

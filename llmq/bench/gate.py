@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.errors import LlmqError
-from llmq.eval.models import input_device, vocabulary_size
+from llmq.eval.models import random_ids
 from llmq.hf.decoding import generate_fast
 from llmq.linear import QuantLinear, answering
 
@@ -44,9 +44,7 @@ class Prompts:
 
 def drawn_prompts(model: Any, sequences: int, tokens: int, new: int, seed: int) -> Prompts:
     """Prompts for a model, on its device."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(vocabulary_size(model) or 1, (sequences, tokens), generator=generator)
-    return Prompts(ids.to(input_device(model)), new)
+    return Prompts(random_ids(model, sequences, tokens, seed), new)
 
 
 @torch.inference_mode()

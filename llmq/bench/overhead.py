@@ -31,6 +31,7 @@ from llmq.bench.turns import in_turns
 from llmq.bench.variants import Variant
 from llmq.blocks import find_blocks
 from llmq.errors import LlmqError
+from llmq.eval.models import wait
 from llmq.hf.decoding import Decoder
 from llmq.kernels import layout, w4
 from llmq.kernels.registry import KERNELS
@@ -42,9 +43,8 @@ PASSES, STEPS, PROMPT = 100, 20, 8
 @torch.inference_mode()
 def measure_overhead(variants: Sequence[Variant], seconds: float, rounds: int = 15) -> list[dict[str, Any]]:
     """A row for each form of the model, microseconds; one of them must be packed, which names the linears."""
-    names = [
-        name for name, module in _packed(variants).named_modules() if isinstance(module, QuantLinear)
-    ]  # the original's have the same names
+    # The original's have the same names.
+    names = [name for name, module in _packed(variants).named_modules() if isinstance(module, QuantLinear)]
     prefix, blocks = find_blocks(_packed(variants))
     first = [name for name in names if name.startswith(f"{prefix}.0.")]
     runs = [[_pass_of(variant, first) for variant in variants], [_steps_of(variant, names) for variant in variants]]
@@ -101,12 +101,12 @@ def _steps_of(variant: Variant, names: Sequence[str]) -> Callable[[], float]:
     def run() -> float:
         with nothing_to_do(variant.model, names):
             decoder.prefill(ids)
-            _wait(decoder.device)
+            wait(decoder.device)
             began = time.perf_counter()
             for _ in range(STEPS):
                 decoder.step()
             seconds = time.perf_counter() - began  # the device may still be at work: it is not waited for
-            _wait(decoder.device)
+            wait(decoder.device)
             return seconds
 
     return run
@@ -168,8 +168,3 @@ def _many(call: Callable[[], Any]) -> float:
     for _ in range(PASSES):
         call()
     return time.perf_counter() - began
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

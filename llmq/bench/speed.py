@@ -10,7 +10,6 @@ is done. Medians. The memory that a case takes is the growth of the device's all
 
 from __future__ import annotations
 
-import inspect
 import statistics
 import time
 from collections.abc import Sequence
@@ -18,12 +17,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llmq.bench.turns import in_turns
 from llmq.bench.variants import Variant
 from llmq.errors import LlmqError
-from llmq.eval.models import context_length, input_device, vocabulary_size
+from llmq.eval.latency import once
+from llmq.eval.models import context_length, input_device, random_ids, wait
 from llmq.hf.decoding import Decoder
 
 
@@ -70,43 +69,29 @@ class Case:
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device) if on_gpu else 0
-        seconds = {"prefill": self._prefill, "eager": self._eager, "fast": self._fast}[self.how]()
+        seconds = self._fast() if self.how == "fast" else self._eager()
         if on_gpu and self.grown is None:
             self.grown = torch.cuda.max_memory_allocated(device) - before
         return seconds
 
-    def _ids(self, tokens: int) -> Tensor:
-        model = self.variant.model
-        generator = torch.Generator().manual_seed(tokens)
-        ids = torch.randint(vocabulary_size(model) or 1, (self.batch, tokens), generator=generator)
-        return ids.to(input_device(model))
-
-    def _prefill(self) -> float:
-        ids, model, last = self._ids(self.tokens), self.variant.model, _last(self.variant.model)
-        began = _clock(ids.device)
-        model(input_ids=ids, use_cache=True, **last).logits[:, -1].argmax(-1)
-        return _clock(ids.device) - began
-
     def _eager(self) -> float:
-        ids, model, last = self._ids(self.prompt), self.variant.model, _last(self.variant.model)
-        output = model(input_ids=ids, use_cache=True, **last)
-        token = output.logits[:, -1].argmax(-1, keepdim=True)
-        began = _clock(ids.device)
-        for _ in range(self.tokens):
-            output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True, **last)
-            token = output.logits[:, -1].argmax(-1, keepdim=True)
-        return _clock(ids.device) - began
+        model = self.variant.model
+        if self.how == "prefill":
+            return once(model, random_ids(model, self.batch, self.tokens), 0)[0]
+        return once(model, random_ids(model, self.batch, self.prompt), self.tokens)[1]
 
     def _fast(self) -> float:
         if self._decoder is None:
             self._decoder = Decoder(self.variant.model, self.batch, self.prompt + self.tokens + 1)
-        decoder, ids = self._decoder, self._ids(self.prompt)
-        decoder.prefill(ids)
+        decoder = self._decoder
+        decoder.prefill(random_ids(self.variant.model, self.batch, self.prompt))
         self.note = "CUDA graph" if decoder.graph is not None else f"eager: {decoder.eager_because}"
-        began = _clock(ids.device)
+        wait(decoder.device)
+        began = time.perf_counter()
         for _ in range(self.tokens):
             decoder.step()
-        return _clock(ids.device) - began
+        wait(decoder.device)
+        return time.perf_counter() - began
 
 
 def measure(
@@ -163,14 +148,3 @@ def row_of(case: Case, times: Sequence[float], first: float) -> dict[str, Any]:
         "runs": len(times),
         "grown_bytes": case.grown,
     }
-
-
-def _last(model: Any) -> dict[str, int]:
-    """As `generate` does: a prefill does not pay for logits that nobody reads."""
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-
-
-def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

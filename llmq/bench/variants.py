@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.config import QuantConfig
+from llmq.eval.models import wait
 from llmq.evaluation import open_model
 from llmq.hf.parts import quiet
 from llmq.hf.serving import load
@@ -110,6 +111,5 @@ def _layout_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _since(began: float, device: str) -> float:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
+    wait(torch.device(device))
     return time.perf_counter() - began

@@ -15,10 +15,13 @@ if TYPE_CHECKING:
     from llmq.hf.serving import disable, enable, load
     from llmq.launches import explain, warmup
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Calibration",
     "LlmqError",
     "QuantConfig",
+    "__version__",
     "disable",
     "enable",
     "explain",

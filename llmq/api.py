@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+import llmq
 from llmq import calibration as calibrating
 from llmq.blocks import Captured, capture
 from llmq.blockwork import LinearReport
@@ -260,5 +261,5 @@ def bits_per_weight(plan: Plan, dtype: torch.dtype) -> float:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("llmq", "torch", "transformers", "safetensors")
-    return {name: version(name) for name in packages} | {"python": platform.python_version()}
+    packages = {name: version(name) for name in ("torch", "transformers", "safetensors")}
+    return {"llmq": llmq.__version__, **packages, "python": platform.python_version()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,9 @@ import venv
 from pathlib import Path
 
 import pytest
+
+import llmq
+from llmq import api
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("kernels", "eval")
@@ -27,6 +31,20 @@ def test_transformers_is_importable_from_the_root_of_the_clone() -> None:
     code = "import sys; sys.path.insert(0, ''); from transformers import LlamaForCausalLM; import llmq.kernels.registry"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_clone_that_is_not_installed_knows_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripts run from one; no package metadata names llmq then."""
+    known = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "llmq":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return known(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(api, "version", version)
+    assert api._versions()["llmq"] == llmq.__version__
 
 
 @pytest.mark.slow

@@ -102,7 +102,7 @@ def _title(record: dict[str, Any], kind: str) -> str:
     versions = ", ".join(
         f"{name} {record['versions'][name]}" for name in ("torch", "triton") if record["versions"][name]
     )
-    first = f"{what}, 4-bit weights, {group}, {zeros}, {record['dtype']}"
+    first = f"{what}, {record['bits']}-bit weights, {group}, {zeros}, {record['dtype']}"
     last = "SELF-TEST of the script, no measurement" if record["self_test"] else f"{versions}, {record['date'][:10]}"
     return f"{first}\n{record['device']}: {last}"
 

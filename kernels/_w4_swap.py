@@ -1,4 +1,4 @@
-"""Device code of the kernel for few rows: y^T [N, M] = W [N, K] @ x^T [K, M], weights of 4 bits as the left operand.
+"""Device code of the kernel for few rows: y^T [N, M] = W [N, K] @ x^T [K, M], weights of 4 or 8 bits as the left operand.
 
     program (block of BN output rows, block of BM rows of x, part of K)
 
@@ -107,15 +107,15 @@ def _metas(scales, zeros, tile, padded, GROUP: tl.constexpr, SYMMETRIC: tl.const
 
 @triton.jit
 def _turn(
-    acc, q, x, rows_ok, k, left, scales, zeros, tile, padded,
-    GROUP: tl.constexpr, FOLD: tl.constexpr, SYMMETRIC: tl.constexpr, RAGGED: tl.constexpr, SCALE: tl.constexpr,
-    DTYPE: tl.constexpr, FORM: tl.constexpr, CLAMP: tl.constexpr,
+    acc, q, more, x, rows_ok, k, left, scales, zeros, tile, padded,
+    BITS: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr, SYMMETRIC: tl.constexpr, RAGGED: tl.constexpr,
+    SCALE: tl.constexpr, DTYPE: tl.constexpr, FORM: tl.constexpr, CLAMP: tl.constexpr,
 ):  # fmt: skip
-    """acc plus the product of a tile's words q [BN, 16] and x [columns, BM]. left: the columns from here to the end."""
+    """acc plus the product of a tile's words (q and more, [BN, 16]) and x [columns, BM]. left: the columns from here on."""
     s0, z0, s1, z1, s2, z2, s3, z3 = _metas(scales, zeros, tile, padded, GROUP, SYMMETRIC, SCALE)
     x0 = _inputs(x, rows_ok, k < left, RAGGED, FORM, CLAMP)
     if FOLD or GROUP >= 128:
-        a, b, c, d = pairs(q, z0, z1, z2, z3, DTYPE, SYMMETRIC, FORM)
+        a, b, c, d = pairs(q, more, z0, z1, z2, z3, BITS, DTYPE, SYMMETRIC, FORM)
         if FOLD:
             a, b = _times(a, s0, DTYPE, SCALE, FORM), _times(b, s1, DTYPE, SCALE, FORM)
             c, d = _times(c, s2, DTYPE, SCALE, FORM), _times(d, s3, DTYPE, SCALE, FORM)
@@ -124,14 +124,14 @@ def _turn(
             acc += tl.dot(beside4(a, b, c, d), x0) * s0[:, None]
     elif GROUP == 64:
         x1 = _inputs(x + 64, rows_ok, k < left - 64, RAGGED, FORM, CLAMP)
-        a, b, c, d = pairs(q, z0, z1, z2, z3, DTYPE, SYMMETRIC, FORM)
+        a, b, c, d = pairs(q, more, z0, z1, z2, z3, BITS, DTYPE, SYMMETRIC, FORM)
         acc += tl.dot(beside(a, b), x0) * s0[:, None]
         acc += tl.dot(beside(c, d), x1) * s2[:, None]
     else:
         x1 = _inputs(x + 32, rows_ok, k < left - 32, RAGGED, FORM, CLAMP)
         x2 = _inputs(x + 64, rows_ok, k < left - 64, RAGGED, FORM, CLAMP)
         x3 = _inputs(x + 96, rows_ok, k < left - 96, RAGGED, FORM, CLAMP)
-        a, b, c, d = pairs(q, z0, z1, z2, z3, DTYPE, SYMMETRIC, FORM)
+        a, b, c, d = pairs(q, more, z0, z1, z2, z3, BITS, DTYPE, SYMMETRIC, FORM)
         acc += tl.dot(a, x0) * s0[:, None]
         acc += tl.dot(b, x1) * s1[:, None]
         acc += tl.dot(c, x2) * s2[:, None]
@@ -160,10 +160,11 @@ def _together(acc, bias, y, partials, counters, n, m, N, M, BM: tl.constexpr, BN
 def w4_swap(
     x, words, scales, zeros, bias, y, partials, counters,
     M, N, K, stride, tiles,
-    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr,
-    SYMMETRIC: tl.constexpr, BIAS: tl.constexpr, RAGGED: tl.constexpr, SCALE: tl.constexpr, FORM: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, BIAS: tl.constexpr, RAGGED: tl.constexpr, SCALE: tl.constexpr,
+    FORM: tl.constexpr,
 ):  # fmt: skip
-    """x [M, K] with rows `stride` apart, words [N / 64, tiles, 64, 16], scales and zeros [groups, N / 2] -> y [M, N]."""
+    """x [M, K] with rows `stride` apart, words [N / 64, tiles, 16 BITS, 16], scales and zeros [groups, N / 2] -> y [M, N]."""
     DTYPE: tl.constexpr = x.dtype.element_ty
     FOLD: tl.constexpr = GROUP > 0 and (BM >= 128 or (BM >= 64 and GROUP < 128))
     RUN: tl.constexpr = GROUP if (GROUP == 32 or GROUP == 64) and not FOLD else 128  # columns that one product takes
@@ -173,11 +174,12 @@ def w4_swap(
     last = tl.minimum(first + per, tiles)
     rows, n, m = tl.arange(0, BN), block_n * BN + tl.arange(0, BN), block_m * BM + tl.arange(0, BM)
     word, k = tl.arange(0, 16)[None, :], tl.arange(0, RUN)[:, None]
-    words += ((block_n * (BN // 64)).to(tl.int64) * tiles + first) * 1024
+    TILE: tl.constexpr = 256 * BITS  # words
+    words += ((block_n * (BN // 64)).to(tl.int64) * tiles + first) * TILE
     if BN == 64:
         words_at = words + rows[:, None] * 16 + word
     else:  # row tiles lie `tiles` tiles apart
-        words_at = words + (rows // 64 * 1024)[:, None] * tiles + (rows % 64 * 16)[:, None] + word
+        words_at = words + (rows // 64 * TILE)[:, None] * tiles + (rows % 64 * 16)[:, None] + word
     down = tl.minimum(tl.arange(0, BM), M - 1 - block_m * BM) if BM >= 32 else tl.arange(0, BM)
     x += (block_m * BM).to(tl.int64) * stride + first * 128
     x_in, rows_ok = down[None, :] * stride + k, (m < M)[None, :]
@@ -190,14 +192,15 @@ def w4_swap(
         scale, zero = _meta(scales_at, zeros_at, SYMMETRIC, SCALE)
     for tile in tl.range(first, last, num_stages=STAGES):
         q, left = tl.load(words_at), K - tile * 128
+        more = tl.load(words_at + 1024) if BITS == 8 else q
         if GROUP == 0:
             xs = _inputs(x + x_in, rows_ok, k < left, RAGGED, FORM, BM >= 32)
-            a, b, c, d = pairs(q, zero, zero, zero, zero, DTYPE, SYMMETRIC, FORM)
+            a, b, c, d = pairs(q, more, zero, zero, zero, zero, BITS, DTYPE, SYMMETRIC, FORM)
             acc = tl.dot(beside4(a, b, c, d), xs, acc)
         else:
-            acc = _turn(acc, q, x + x_in, rows_ok, k, left, scales_at, zeros_at, tile, padded,
+            acc = _turn(acc, q, more, x + x_in, rows_ok, k, left, scales_at, zeros_at, tile, padded, BITS,
                         GROUP, FOLD, SYMMETRIC, RAGGED, SCALE, DTYPE, FORM, BM >= 32)  # fmt: skip
-        words_at += 1024
+        words_at += TILE
         x += 128
     if GROUP == 0:
         acc *= scale[:, None]

@@ -39,6 +39,7 @@ class Case:
     group: int
     symmetric: bool
     launch: Launch
+    bits: int = 4
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ def compile_case(case: Case) -> Any:
         "BN": launch.bn,
         "STAGES": launch.stages,
         "SPLIT": launch.split,
+        "BITS": case.bits,
         "GROUP": case.group,
         "SYMMETRIC": case.symmetric,
         "BIAS": True,

@@ -78,6 +78,7 @@ class Plan:
     seed: int = 0
     effort: Effort = Effort()  # noqa: RUF009 (frozen)
     tables: Path | None = None
+    bits: int = 4
 
 
 @dataclass(frozen=True)
@@ -154,16 +155,16 @@ def _prepared(rival: rivals.Rival, dtype: torch.dtype, packed: Packed) -> Any:
 def _tabled(plan: Plan, folder: Path, packed: Packed) -> tuple[Callable[..., Tensor], Callable[[int], str]]:
     """The Triton kernel with the launches of a folder's table."""
     device = w4.device_of(plan.device)
-    table = table_of(device, folder)
+    table, kind = table_of(device, folder), (w4.DTYPES[plan.dtype], plan.group_size)
 
     def launch(rows: int) -> Launch:
-        return configure(device, w4.DTYPES[plan.dtype], plan.group_size, rows, packed.rows, packed.columns, table)
+        return configure(device, *kind, rows, packed.rows, packed.columns, table, plan.bits)
 
     def run(x: Tensor, tiled: Tiled) -> Tensor:
         return w4.multiply(x, tiled, None, launch(x.shape[0]))
 
     def words(rows: int) -> str:
-        return told(device, w4.DTYPES[plan.dtype], plan.group_size, rows, packed.rows, packed.columns, table)
+        return told(device, *kind, rows, packed.rows, packed.columns, table, plan.bits)
 
     return run, words
 
@@ -172,7 +173,7 @@ def _shape(
     plan: Plan, shape: Shape, limits: Ceilings, budget: Budget, findings: Findings, done: Callable[[str], None]
 ) -> None:
     generator = torch.Generator(plan.device).manual_seed(plan.seed + shape.k + 31 * shape.n)
-    packed = draw(generator, shape.n, shape.k, plan.group_size or shape.k, plan.symmetric, plan.dtype)
+    packed = draw(generator, shape.n, shape.k, plan.group_size or shape.k, plan.symmetric, plan.dtype, plan.bits)
     x = draw_input(generator, max(plan.rows), shape.k, plan.dtype)
     wanted, begun = truth(x, packed), len(findings.rows)
     found, absent = contenders(packed, plan)

@@ -1,8 +1,8 @@
 """Every kernel against float64 on one device, on the shapes where kernels go wrong: what `bench_kernels.py --check-only` runs.
 
 A case is a weight and the numbers of rows that it is multiplied with, 0 to 1024: groups of 32, 64, 128, 256 and one per
-channel, float16 and bfloat16, symmetric and asymmetric, 4 bits for every kernel, 2, 3 and 8 for those that take them. Two
-shapes each: a regular one, deep enough that K is split, and an odd one (N and K that no tile divides). Asymmetric
+channel, float16 and bfloat16, symmetric and asymmetric. Two shapes each: a regular one of 4 bits, deep enough that K is
+split, and an odd one (N and K that no tile divides) of 4 and of 8; 2 and 3 bits for the kernels that take them. Asymmetric
 cases have a bias. Fresh memory is filled with NaN, so that what is not written shows; every product is computed twice and
 must have the same bits. On CUDA the product of 1 and 16 rows is also captured in a graph and replayed.
 
@@ -82,8 +82,9 @@ def cases(small: bool) -> list[Case]:
             for group in GROUPS:
                 odd = (70, 37 if group == 0 else 5 * group)  # per channel K may be anything
                 few = (80, 37 if group == 0 else group * -(-160 // group))
-                for n, k in (few,) if small else ((320, 2048), odd):
-                    found.append(Case(n, k, group, dtype, symmetric, 4, FEW_ROWS if small else ROWS, not small))
+                listed = [(*few, 4)] if small else [(320, 2048, 4), (*odd, 4), (*odd, 8)]
+                for n, k, bits in listed:
+                    found.append(Case(n, k, group, dtype, symmetric, bits, FEW_ROWS if small else ROWS, not small))
     for bits in (2, 3, 8):
         found.append(Case(70, 160, 32, "float16", bits != 3, bits, FEW_ROWS))
         found.append(Case(65, 384, 128, "bfloat16", bits == 3, bits, FEW_ROWS))

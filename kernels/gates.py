@@ -1,8 +1,8 @@
 """Which launches are compiled ahead of time, and what their machine code must look like.
 
 The cases are those that the rules of `llmq.kernels.launch` choose: every bucket and width at groups of 128, both dtypes,
-symmetric and not; other groups at the smallest and the largest common block, where registers are fewest and most. Split K
-is compiled in, bias too. And the dequantize kernel at every width.
+symmetric and not; other groups, and 8 bits, at the smallest and the largest common block, where registers are fewest and most.
+Split K is compiled in, bias too. And the dequantize kernel at every width.
 
 Two kinds of gates. Rules, the same for every version of Triton: nothing in local memory, shared memory within the
 architecture's, its best tensor-core instruction, no integer converted to a float, no narrow load of weights or x, no store
@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 
 from llmq.kernels.ahead import Case, Report, Unpacking
-from llmq.kernels.launch import Launch, buckets, form_of, warps_of
+from llmq.kernels.launch import Launch, buckets, form_of, stages_of, warps_of
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
 # Bytes of shared memory that one block may have.
@@ -51,6 +51,8 @@ def cases(arch: str) -> Iterator[Case | Unpacking]:
             for bm, bn in [(16, 64), (64, 128)] + [(bm, 128) for bm in sizes if bm > 64]:
                 for group in (0, 64, 32):
                     yield case_of(arch, dtype, group, symmetric, bm, bn)
+                for group in (128, 32):
+                    yield case_of(arch, dtype, group, symmetric, bm, bn, bits=8)
     if arch == "sm_90":
         yield from (case_of(arch, "fp16", 128, True, 16, bn, "portable") for bn in (64, 128))
 
@@ -66,13 +68,17 @@ def few_cases(arch: str) -> Iterator[Case | Unpacking]:
     else:
         yield from (case_of(arch, "fp16", 128, True, 16, bn) for bn in (64, 128))
     yield from (case_of(arch, "bf16", 32, False, bm, bn) for bm, bn in ((16, 64), (sizes[-1], 128)))
+    yield case_of(arch, "fp16", 128, True, 16, 64, bits=8)
+    yield case_of(arch, "bf16", 128, False, sizes[-1], 128, bits=8)
 
 
-def case_of(arch: str, dtype: str, group: int, symmetric: bool, bm: int, bn: int, form: str | None = None) -> Case:
+def case_of(
+    arch: str, dtype: str, group: int, symmetric: bool, bm: int, bn: int, form: str | None = None, bits: int = 4
+) -> Case:
     """A case with the warps and stages of the rules, K split into four."""
-    stages = 2 if arch.startswith("gfx") else 4
     form = form or form_of(arch, "float16" if dtype == "fp16" else "bfloat16")
-    return Case(arch, dtype, group, symmetric, Launch(bm, bn, warps_of(arch, bm, bn), stages, 4, form))
+    launch = Launch(bm, bn, warps_of(arch, bm, bn), stages_of(arch, bits), 4, form)
+    return Case(arch, dtype, group, symmetric, launch, bits)
 
 
 def failures(case: Case | Unpacking, report: Report, version: str) -> list[str]:
@@ -118,7 +124,7 @@ def most_per_weight(case: Case | Unpacking, version: str) -> float | None:
     design = None
     if isinstance(case, Unpacking):
         design = UNPACKING if case.arch == "sm_90" else None
-    elif (case.arch, case.dtype, case.group, case.symmetric) == ("sm_90", "fp16", 128, True):
+    elif (case.arch, case.dtype, case.bits, case.group, case.symmetric) == ("sm_90", "fp16", 4, 128, True):
         exempt = EXEMPT.get((case.launch.bm, case.launch.bn), 0.0)
         design = max(exempt, DESIGN[case.launch.form])
     reached = _limits().get(version, {}).get(key(case))
@@ -128,7 +134,9 @@ def most_per_weight(case: Case | Unpacking, version: str) -> float | None:
 def key(case: Case | Unpacking) -> str:
     """The name of a case in `limits.json`."""
     zeros = "symmetric" if case.symmetric else "zeros"
-    what = case.launch if isinstance(case, Case) else f"{case.bits} bits dequantized"
+    what = f"{case.bits} bits dequantized"
+    if isinstance(case, Case):
+        what = f"{'' if case.bits == 4 else f'int{case.bits} '}{case.launch}"
     return f"{case.arch} {case.dtype} g{case.group} {zeros} {what}"
 
 

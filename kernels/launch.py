@@ -5,11 +5,11 @@ is tuned at run time. A table is a JSON file in `kernels/tuned/`:
 
     {"arch": "sm_90", "processors": 132, "device": "NVIDIA H100 ...", "measured": "date, versions, command",
      "rows": [{"dtype": "float16", "group": 128, "bucket": 16, "n": 4096, "k": 4096,
-               "bn": 64, "warps": 4, "stages": 4, "split": 4, "us": 5.1}, ...]}
+               "bits": 4, "bn": 64, "warps": 4, "stages": 4, "split": 4, "us": 5.1}, ...]}
 
 `scripts/tune_kernels.py` writes them, with more beside the rows: what was discarded, and crossovers.
 
-The nearest row: of the same dtype, group and bucket, the one with the least |log2 n'/n| + |log2 k'/k|, at most 2 (sizes
+The nearest row: of the same dtype, bits, group and bucket, the one with the least |log2 n'/n| + |log2 k'/k|, at most 2 (sizes
 within a factor of 4 in all); ties go to the larger n, then k. It must also fit: bn divides the padded N, and every part
 of a split has a tile. `group` 0 is per channel.
 
@@ -66,6 +66,7 @@ class Row:
     warps: int
     stages: int
     split: int
+    bits: int = 4
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,14 @@ def bucket(arch: str, rows: int) -> int:
     return next((size for size in sizes if rows <= size), sizes[-1])
 
 
-def configure(device: Device, dtype: str, group: int, rows: int, n: int, k: int, table: Sequence[Row] = ()) -> Launch:
+def configure(
+    device: Device, dtype: str, group: int, rows: int, n: int, k: int, table: Sequence[Row] = (), bits: int = 4
+) -> Launch:
     """The configuration for x [rows, k] of `dtype` and a weight [n, k]. group: columns per scale, 0 per channel."""
     if rows < 1:
         raise ValueError(f"there is nothing to launch for {rows} rows")
     size, tiles, form = bucket(device.arch, rows), -(-k // 128), form_of(device.arch, dtype)
-    found = nearest(table, dtype, group, size, n, k)
+    found = nearest(table, dtype, group, size, n, k, bits)
     if found is not None:
         return Launch(size, found.bn, found.warps, found.stages, found.split, form)
     row_tiles, down = -(-n // 64), -(-rows // size)
@@ -113,22 +116,22 @@ def configure(device: Device, dtype: str, group: int, rows: int, n: int, k: int,
     split = 1
     while split < MOST_SPLIT and blocks * split < 2 * device.processors and tiles >= 2 * split * LEAST_TILES:
         split *= 2
-    return Launch(size, bn, warps_of(device.arch, size, bn), _stages(device.arch), split, form)
+    return Launch(size, bn, warps_of(device.arch, size, bn), stages_of(device.arch, bits), split, form)
 
 
-def told(device: Device, dtype: str, group: int, rows: int, n: int, k: int, table: Sequence[Row]) -> str:
+def told(device: Device, dtype: str, group: int, rows: int, n: int, k: int, table: Sequence[Row], bits: int = 4) -> str:
     """`configure` in words, and whether it was measured or follows the rules."""
-    measured = nearest(table, dtype, group, bucket(device.arch, rows), n, k) is not None
-    launch = configure(device, dtype, group, rows, n, k, table)
+    measured = nearest(table, dtype, group, bucket(device.arch, rows), n, k, bits) is not None
+    launch = configure(device, dtype, group, rows, n, k, table, bits)
     return f"{launch} ({'measured' if measured else 'by rule'})"
 
 
-def nearest(table: Sequence[Row], dtype: str, group: int, size: int, n: int, k: int) -> Row | None:
+def nearest(table: Sequence[Row], dtype: str, group: int, size: int, n: int, k: int, bits: int = 4) -> Row | None:
     """The measured row that stands for a shape, or None where none is near enough or fits."""
     near = []
     for row in table:
         fits = -(-n // 64) % (row.bn // 64) == 0 and row.split <= -(-k // 128)
-        if (row.dtype, row.group, row.bucket) == (dtype, group, size) and fits:
+        if (row.dtype, row.bits, row.group, row.bucket) == (dtype, bits, group, size) and fits:
             distance = abs(log2(row.n / n)) + abs(log2(row.k / k))
             if distance <= FARTHEST:
                 near.append((distance, -row.n, -row.k, row))
@@ -166,9 +169,12 @@ def compiler_options(arch: str, launch: Launch) -> dict[str, Any]:
     return options | {"maxnreg": 255} if arch.startswith("sm_") else options
 
 
-def _stages(arch: str) -> int:
-    """Buffers in the ring. AMD's compiler keeps them in registers, and 2 is what it is built for."""
-    return 2 if arch.startswith("gfx") else 4
+def stages_of(arch: str, bits: int) -> int:
+    """Buffers in the ring. AMD's compiler keeps them in registers, and 2 is what it is built for.
+
+    Three of 8 bits hold more bytes than four of 4, and four would be more than the 99 KB that sm_89 and sm_120 have.
+    """
+    return 2 if arch.startswith("gfx") else 4 if bits == 4 else 3
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Checkpoint layout <-> the runtime layout of the GPU kernels for 4 bits. Exact, reversible, torch on any device.
+"""Checkpoint layout <-> the runtime layout of the GPU kernels for 4 and 8 bits. Exact, reversible, torch on any device.
 
 N is padded to rows of 64, K to columns of 128; what is padded has scale 0. With NT = N / 64 and KT = K / 128, rounded up:
 
@@ -8,9 +8,12 @@ N is padded to rows of 64, K to columns of 128; what is padded has scale 0. With
         bits     31..28   27..24   23..20   19..16   15..12   11..8    7..4     3..0
         column   97+2w    65+2w    33+2w    1+2w     96+2w    64+2w    32+2w    2w
 
+    of 8 bits: int32 [NT, KT, 128, 16], 8 KB a tile. Its first 64 rows are the words of columns 0 .. 63, the others those
+                                      of 64 .. 127; p = 0 and 1 are their runs of 32 columns, in bits 8p .. and 16 + 8p ..
+
     scales   [groups, NT * 64]        in their dtype (16 bits); of every 16 rows in the order 0 8 1 9 2 10 .. 7 15, so that
                                       a word of 32 bits has rows r and r + 8, which one thread of a tensor core holds
-    zeros    int16, like scales       codes 0 .. 15; None when symmetric, where the zero point is 8
+    zeros    int16, like scales       codes; None when symmetric, where the zero point is 8 or 128
 
 Neighbours along K share a word's two halves because they share a register in a tensor core's operand: a mask and an
 `or` make both of them floats where they are. Run p of 32 columns is a group of 32, two runs are one of 64.
@@ -18,7 +21,7 @@ Neighbours along K share a word's two halves because they share a register in a 
 Layers that read the same input are concatenated along N by `torch.cat`: words along dimension 0, scales and zeros along
 dimension 1 (`concatenate`), as long as every part but the last has whole tiles; K is split between tiles.
 
-Left out: other widths. 2, 3 and 8 bits are dequantized slab by slab.
+Left out: other widths. 2 and 3 bits are dequantized slab by slab.
 """
 
 from __future__ import annotations
@@ -36,24 +39,26 @@ from llmq.kernels.problem import Packed
 
 TILE_ROWS, TILE_COLUMNS = 64, 128
 RUN = 32
+BITS = (4, 8)
 
 
 @dataclass(frozen=True)
 class Tiled:
-    """A weight [N, K] of 4 bits in the runtime layout. group_size: columns per scale, K per channel."""
+    """A weight [N, K] in the runtime layout. group_size: columns per scale, K per channel."""
 
     words: Tensor
     scales: Tensor
     zeros: Tensor | None
     rows: int
     columns: int
+    bits: int
     group_size: int
 
 
 def refusal(columns: int, group_size: int, bits: int, scale_dtype: torch.dtype) -> str | None:
     """Why a weight has no such layout (what follows a name in a sentence); None where it has one."""
-    if bits != 4:
-        return f"takes 4 bits; these weights have {bits}"
+    if bits not in BITS:
+        return f"takes 4 and 8 bits; these weights have {bits}"
     if group_size != columns and group_size not in (32, 64) and group_size % TILE_COLUMNS:
         return f"takes groups of 32, 64, a multiple of 128, or one per channel; these have {group_size} columns"
     if scale_dtype not in (torch.float16, torch.bfloat16):
@@ -75,44 +80,49 @@ def tile(packed: Packed) -> Tiled:
     reason = refusal(packed.columns, packed.group_size, packed.bits, packed.scale.dtype)
     if reason:
         raise LlmqError(f"the tiled layout {reason}")
-    codes = unpack(packed.weight, 4, packed.columns)  # [N, K]
+    codes, bits = unpack(packed.weight, packed.bits, packed.columns), packed.bits  # [N, K]
     down, across = -packed.rows % TILE_ROWS, -packed.columns % TILE_COLUMNS
     padded = pad(codes, (0, across, 0, down))
-    runs = padded.view(-1, TILE_ROWS, padded.shape[1] // TILE_COLUMNS, 2, 2, 16, 2)
-    # Byte j of a half word has runs 2j and 2j + 1.
-    data = runs[:, :, :, :, 0] | runs[:, :, :, :, 1] << 4  # [NT, 64, KT, j, w, half]
-    words = data.permute(0, 2, 1, 4, 5, 3).flatten(3).view(torch.int32)  # [NT, KT, 64, 16]
+    runs = padded.view(-1, TILE_ROWS, padded.shape[1] // TILE_COLUMNS, 2, 2, 16, 2)  # [NT, 64, KT, i, j, w, half]
+    if bits == 4:  # byte i of a half word has runs 2i and 2i + 1
+        data = (runs[:, :, :, :, 0] | runs[:, :, :, :, 1] << 4).permute(0, 2, 1, 4, 5, 3)  # [NT, KT, 64, w, half, i]
+    else:  # byte j of a half word of words i has run 2i + j
+        data = runs.permute(0, 2, 3, 1, 5, 6, 4).flatten(2, 3)  # [NT, KT, i * 64, w, half, j]
+    words = data.flatten(3).view(torch.int32)  # [NT, KT, 64 or 128, 16]
     zeros = None
     groups = groups_of(packed.columns, packed.group_size)
     if packed.zero is not None:
-        zeros = _shuffle(unpack(packed.zero.T, 4, packed.rows).T.to(torch.int16), groups)
+        zeros = _shuffle(unpack(packed.zero.T, bits, packed.rows).T.to(torch.int16), groups)
     scales = _shuffle(packed.scale, groups)
-    return Tiled(words, scales, zeros, packed.rows, packed.columns, packed.group_size)
+    return Tiled(words, scales, zeros, packed.rows, packed.columns, bits, packed.group_size)
 
 
 def untile(tiled: Tiled) -> Packed:
     """The stored tensors: the inverse of `tile`."""
     row_tiles, column_tiles = tiled.words.shape[:2]
-    data = tiled.words.view(torch.uint8).view(row_tiles, column_tiles, TILE_ROWS, 16, 2, 2)  # [.., w, half, j]
-    both = torch.stack((data & 15, data >> 4), -1)  # [NT, KT, 64, w, half, j, i]: run 2j + i
-    codes = both.permute(0, 2, 1, 5, 6, 3, 4).reshape(row_tiles * TILE_ROWS, column_tiles * TILE_COLUMNS)
-    rows, columns = tiled.rows, tiled.columns
+    rows, columns, bits = tiled.rows, tiled.columns, tiled.bits
+    data = tiled.words.view(torch.uint8).view(row_tiles, column_tiles, -1, TILE_ROWS, 16, 2, 2)  # [.., w, half, byte]
+    if bits == 4:
+        data = torch.stack((data & 15, data >> 4), -1).flatten(-2)  # [NT, KT, 1, 64, w, half, run]
+    codes = data.permute(0, 3, 1, 2, 6, 4, 5).reshape(row_tiles * TILE_ROWS, column_tiles * TILE_COLUMNS)
     groups = columns // tiled.group_size
     zero = None
     if tiled.zeros is not None:
         points = _unshuffle(tiled.zeros, rows, groups).to(torch.uint8)
-        zero = pack(points.T.contiguous(), 4).T.contiguous()
-    weight = pack(codes[:rows, :columns].contiguous(), 4)
-    return Packed(rows, columns, 4, tiled.group_size, weight, _unshuffle(tiled.scales, rows, groups), zero)
+        zero = pack(points.T.contiguous(), bits).T.contiguous()
+    weight = pack(codes[:rows, :columns].contiguous(), bits)
+    return Packed(rows, columns, bits, tiled.group_size, weight, _unshuffle(tiled.scales, rows, groups), zero)
 
 
 def concatenate(parts: Sequence[Tiled]) -> Tiled:
     """The weight whose rows are those of all parts, one after the other. `LlmqError` where they cannot be one weight."""
     first = parts[0]
     for part in parts:
-        alike = (part.columns, part.group_size, part.scales.dtype, part.zeros is None)
-        if alike != (first.columns, first.group_size, first.scales.dtype, first.zeros is None):
-            raise LlmqError("layers must have the same in_features, group size, scale dtype and symmetry to be one")
+        alike = (part.columns, part.bits, part.group_size, part.scales.dtype, part.zeros is None)
+        if alike != (first.columns, first.bits, first.group_size, first.scales.dtype, first.zeros is None):
+            raise LlmqError(
+                "layers must have the same in_features, bits, group size, scale dtype and symmetry to be one"
+            )
     for part in parts[:-1]:
         if part.rows % TILE_ROWS:
             raise LlmqError(f"layers but the last must have out_features that {TILE_ROWS} divides; got {part.rows}")
@@ -123,6 +133,7 @@ def concatenate(parts: Sequence[Tiled]) -> Tiled:
         torch.cat(zeros, 1) if zeros else None,
         sum(part.rows for part in parts),
         first.columns,
+        first.bits,
         first.group_size,
     )
 

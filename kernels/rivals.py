@@ -6,7 +6,7 @@ silently. Adding one is an entry in `RIVALS`.
 
     dense        torch.nn.functional.linear on the dequantized weight: cuBLAS on NVIDIA, hipBLAS on AMD, oneDNN on CPUs
     torch int4   aten::_weight_int4pack_mm, y = x @ ((q - 8) scale + zero)^T with a float zero for each group; its sibling on CPUs
-    gemlite      GemLiteLinear(4, ...).pack(codes [N, K] uint8, scales [N, G], zeros: [N, G] or 8); tunes itself at first calls
+    gemlite      GemLiteLinear(bits, ...).pack(codes [N, K] uint8, scales [N, G], zeros: [N, G] or one); tunes itself first
 
 Written after aten's int4mm.cu (codes in bytes, the even column in the high half) and gemlite 0.6.0's `core.py`. Not run on a
 GPU yet. Left out: Marlin and Machete (vLLM), which build no wheel of their own.
@@ -93,10 +93,10 @@ def _gemlite_prepare(packed: Packed, dtype: torch.dtype) -> Any:
 
     kind = DType.FP16 if dtype == torch.float16 else DType.BF16
     sizes = {"in_features": packed.columns, "out_features": packed.rows, "group_size": packed.group_size}
-    layer = GemLiteLinear(4, **sizes, input_dtype=kind, output_dtype=kind)
+    layer = GemLiteLinear(packed.bits, **sizes, input_dtype=kind, output_dtype=kind)
     points = slab.zero_points(packed)
-    zeros = 8 if points is None else points.to(dtype)
-    layer.pack(unpack(packed.weight, 4, packed.columns), packed.scale.to(dtype), zeros, None)
+    zeros = packed.middle if points is None else points.to(dtype)
+    layer.pack(unpack(packed.weight, packed.bits, packed.columns), packed.scale.to(dtype), zeros, None)
     return layer
 
 

@@ -31,7 +31,7 @@ def show_bench(record: dict[str, Any]) -> None:
     """A table for each shape: microseconds, speed-up over dense, share of the roofline; then who is absent, wrong, skipped."""
     console = _console()
     limits, zeros = record["ceilings"], "sym" if record["symmetric"] else "asym"
-    what = f"{record['device']}, {record['dtype']}, g{record['group'] or 'channel'} {zeros}"
+    what = f"{record['device']}, {record['dtype']}, int{record['bits']} g{record['group'] or 'channel'} {zeros}"
     if record["self_test"]:
         console.print("SELF-TEST on the CPU: nothing below is a measurement")
     for shape in dict.fromkeys(row["shape"] for row in record["rows"]):
@@ -82,7 +82,7 @@ def show_sweep(table: dict[str, Any]) -> None:
     """The rows of a launch table, what was discarded, the crossovers."""
     console = _console()
     shown = Table(title=f"launches | {table['device']}")
-    columns = ("dtype", "group", "m", "k", "n", "bn", "warps", "stages", "split", "us", "tried")
+    columns = ("dtype", "bits", "group", "m", "k", "n", "bn", "warps", "stages", "split", "us", "tried")
     for name in columns:
         shown.add_column(name, justify="right")
     for row in table["rows"]:
@@ -92,7 +92,7 @@ def show_sweep(table: dict[str, Any]) -> None:
     for reason, count in sorted(table["discarded"].items()):
         console.print(f"discarded: {count} x {reason}", highlight=False)
     for one in table["crossover"]:
-        what = f"{one['k']}x{one['n']} {one['dtype']} g{one['group']}"
+        what = f"{one['k']}x{one['n']} {one['dtype']} int{one['bits']} g{one['group']}"
         console.print(f"{what}: the kernel is not slower than slab up to M={one['triton_wins_up_to']}", highlight=False)
     _failures(console, [], table["skipped"])
 

@@ -53,6 +53,12 @@ class Task:
     size: int
     n: int
     k: int
+    bits: int = 4
+
+    @property
+    def weights(self) -> tuple[str, int, int]:
+        """What weights have in common that one compiled kernel takes: dtype of scales and x, bits, group."""
+        return self.dtype, self.bits, self.group
 
     @property
     def rows(self) -> int:
@@ -75,14 +81,19 @@ class Sweep:
 
 
 def tasks(
-    arch: str, dtypes: Sequence[str], groups: Sequence[int], sizes: Sequence[tuple[int, int]] = SIZES
+    arch: str,
+    dtypes: Sequence[str],
+    groups: Sequence[int],
+    sizes: Sequence[tuple[int, int]] = SIZES,
+    bits: Sequence[int] = (4,),
 ) -> list[Task]:
-    """In order of importance: the first dtype and group first; decoding alone, then batches of 16 and 64, then the rest."""
+    """The first dtype, width and group first; of each decoding alone, then batches of 16 and 64, then the rest."""
     known = buckets(arch)
     order = sorted(known, key=lambda size: ((known[0], 16, 64, 32, 128).index(size), size))
     return [
-        Task(dtype, group, size, n, k)
+        Task(dtype, group, size, n, k, width)
         for dtype in dtypes
+        for width in bits
         for group in groups
         for size in order
         for k, n in sizes
@@ -92,12 +103,12 @@ def tasks(
 
 def candidates(device: Device, task: Task) -> list[Launch]:
     """Every configuration to try for a task, that of the rules among them."""
-    rule = configure(device, task.dtype, task.group, task.rows, task.n, task.k)
+    rule = configure(device, task.dtype, task.group, task.rows, task.n, task.k, bits=task.bits)
     row_tiles, tiles, amd = -(-task.n // 64), -(-task.k // 128), device.arch.startswith("gfx")
     found = {rule: None}
     for bn in (64, 128):
         for warps in (4, 8, 16) if amd else (4, 8):
-            for stages in (2,) if amd else (3, 4, 5):
+            for stages in (2,) if amd else (3, 4, 5) if task.bits == 4 else (2, 3, 4):
                 for split in SPLITS:
                     blocks = row_tiles * 64 // bn * split
                     crowded = split > 1 and blocks > MOST_BLOCKS * device.processors
@@ -111,9 +122,9 @@ def sweep(
     choices: Callable[[Device, Task], list[Launch]] = candidates, done: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
     """Find rows for tasks, into `found`; tasks that it has a row for are passed over. done: is called after each row."""
-    have = {(r["dtype"], r["group"], r["bucket"], r["n"], r["k"]) for r in found.rows}
+    have = {((r["dtype"], r["bits"], r["group"]), r["bucket"], r["n"], r["k"]) for r in found.rows}
     for task in listed:
-        if (task.dtype, task.group, task.size, task.n, task.k) in have:
+        if (task.weights, task.size, task.n, task.k) in have:
             continue
         if budget.over():
             found.skipped.append(str(task))
@@ -163,7 +174,8 @@ def tune(
     if not right:
         return None
     us, _, launch, verdict = min(right, key=lambda one: one[:2])
-    row = Row(task.dtype, task.group, task.size, task.n, task.k, launch.bn, launch.warps, launch.stages, launch.split)
+    chosen = (launch.bn, launch.warps, launch.stages, launch.split)
+    row = Row(task.dtype, task.group, task.size, task.n, task.k, *chosen, task.bits)
     return asdict(row) | {"us": us, "m": task.rows, "error": verdict.error, "tried": len(timed)}
 
 
@@ -174,7 +186,7 @@ def _quick(effort: Effort) -> Effort:
 def _inputs(task: Task, device: torch.device, seed: int, rows: int) -> tuple[Packed, Tensor, Truth]:
     generator = torch.Generator(device).manual_seed(seed + task.size + task.k + 31 * task.n)
     dtype = getattr(torch, task.dtype)
-    packed = draw(generator, task.n, task.k, task.group or task.k, True, dtype)
+    packed = draw(generator, task.n, task.k, task.group or task.k, True, dtype, task.bits)
     x = draw_input(generator, rows, task.k, dtype)
     return packed, x, truth(x, packed)
 
@@ -192,7 +204,7 @@ def crossover(
 ) -> None:  # fmt: skip
     """Times of the kernel, with the table found so far, and of the slab path, for every M of `rows` and every shape of tasks."""
     known, table = w4.device_of(device), rows_of(found.rows)
-    for task in {(t.dtype, t.group, t.n, t.k): t for t in listed}.values():
+    for task in {(t.weights, t.n, t.k): t for t in listed}.values():
         if budget.over():
             found.skipped.append(f"crossover {task}")
             continue
@@ -203,7 +215,7 @@ def crossover(
             if budget.over():
                 break
             part = x[:count]
-            launch = configure(known, task.dtype, task.group, count, task.n, task.k, table)
+            launch = configure(known, task.dtype, task.group, count, task.n, task.k, table, task.bits)
             one = measure([partial(w4.multiply, part, copy, None, launch) for copy in tiles], device, _quick(effort))
             two = measure([partial(slab.run, part, copy) for copy in slabs], device, _quick(effort))
             for name, timing in (("triton", one), ("slab", two)):
@@ -212,7 +224,7 @@ def crossover(
                     found.discarded[f"{WRONG}: {name} at M={count}"] += 1
             times.append({"m": count, "triton_us": one.us, "slab_us": two.us})
         most = max((t["m"] for t in times if t["triton_us"] <= t["slab_us"]), default=0)
-        sizes = {"dtype": task.dtype, "group": task.group, "n": task.n, "k": task.k}
+        sizes = {"dtype": task.dtype, "bits": task.bits, "group": task.group, "n": task.n, "k": task.k}
         kept = [one for one in found.crossover if {name: one[name] for name in sizes} != sizes]
         new = sizes | {"triton_wins_up_to": most, "most_rows_now": w4.MOST_ROWS, "times": times}
         found.crossover[:] = [*kept, new]
@@ -236,18 +248,18 @@ def save(path: Path, device: Device, about: dict[str, Any], found: Sweep) -> Non
     write(path, table)
 
 
-def compile_ahead(item: tuple[str, str, int, tuple[Launch, ...]]) -> int:
+def compile_ahead(item: tuple[str, tuple[str, int, int], tuple[Launch, ...]]) -> int:
     """Launch configurations once each on a tiny weight, so that Triton's cache has them: the work of one process.
 
-    item: device, dtype, group, launches. How many could be launched. The rest fails again where it is counted.
+    item: device, `Task.weights`, launches. How many could be launched. The rest fails again where it is counted.
     """
-    device, dtype, group, launches = item
+    device, (dtype, bits, group), launches = item
     done = 0
     for launch in launches:
         k = max(launch.split * 128, group)
         generator = torch.Generator(torch.device(device)).manual_seed(1)
         kind = getattr(torch, dtype)
-        tiled = w4.prepare(draw(generator, 128, k, group or k, True, kind))
+        tiled = w4.prepare(draw(generator, 128, k, group or k, True, kind, bits))
         try:
             w4.multiply(draw_input(generator, launch.bm, k, kind), tiled, None, launch)
             done += 1
@@ -258,13 +270,12 @@ def compile_ahead(item: tuple[str, str, int, tuple[Launch, ...]]) -> int:
 
 def ahead(
     listed: Sequence[Task], device: torch.device, parts: int
-) -> Iterator[tuple[str, str, int, tuple[Launch, ...]]]:
+) -> Iterator[tuple[str, tuple[str, int, int], tuple[Launch, ...]]]:
     """The distinct configurations of tasks, in order, dealt into items for `compile_ahead`."""
     known = w4.device_of(device)
-    wanted: dict[tuple[str, int, Launch], None] = {}
+    wanted: dict[tuple[str, int, int], dict[Launch, None]] = {}
     for task in listed:
-        wanted |= {(task.dtype, task.group, launch): None for launch in candidates(known, task)}
-    for dtype, group in dict.fromkeys((dtype, group) for dtype, group, _ in wanted):
-        launches = [launch for d, g, launch in wanted if (d, g) == (dtype, group)]
+        wanted.setdefault(task.weights, {}).update(dict.fromkeys(candidates(known, task)))
+    for weights, launches in wanted.items():
         for part in range(min(parts, len(launches))):
-            yield str(device), dtype, group, tuple(launches[part::parts])
+            yield str(device), weights, tuple(launches)[part::parts]

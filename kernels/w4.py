@@ -1,4 +1,4 @@
-"""The Triton kernel for weights of 4 bits and few rows of x: checks, launch, operator. Device code: `_w4_swap`.
+"""The Triton kernel for weights of 4 and 8 bits and few rows of x: checks, launch, operator. Device code: `_w4_swap`.
 
 Weights are read packed, once for every 64 rows of x (128 on sm_90 and sm_100); sums are float32; y is rounded once.
 float16 and bfloat16, symmetric and asymmetric, groups of 32, 64, multiples of 128 or per channel, any N, K and M >= 0.
@@ -85,7 +85,8 @@ def launch_of(problem: Problem, rows: int, device: torch.device) -> str | None:
         return None
     found = device_of(device)
     group = 0 if problem.group_size == problem.columns else problem.group_size
-    return told(found, DTYPES[problem.dtype], group, rows, problem.rows, problem.columns, table_of(found))
+    sizes = (group, rows, problem.rows, problem.columns)
+    return told(found, DTYPES[problem.dtype], *sizes, table_of(found), problem.bits)
 
 
 def prepare(packed: Packed) -> Tiled:
@@ -102,7 +103,7 @@ def prepare(packed: Packed) -> Tiled:
 def run(x: Tensor, tiled: Tiled, bias: Tensor | None = None) -> Tensor:
     """x [M, K], float16 or bfloat16 -> x @ W^T + bias [M, N] in x's dtype."""
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
-        sizes = (tiled.rows, tiled.columns, tiled.group_size)
+        sizes = (tiled.rows, tiled.columns, tiled.bits, tiled.group_size)
         y: Tensor = torch.ops.llmq.w4_linear(x, tiled.words, tiled.scales, tiled.zeros, bias, *sizes)
         return y
     return multiply(x, tiled, bias)
@@ -132,13 +133,13 @@ def check(x: Tensor, tiled: Tiled, bias: Tensor | None) -> None:
         raise LlmqError(f"x must be [M, {tiled.columns}]; got {list(x.shape)}")
     if x.dtype not in DTYPES:
         raise LlmqError(f"x must be float16 or bfloat16; got {x.dtype}: cast it")
-    words = (-(-tiled.rows // layout.TILE_ROWS), -(-tiled.columns // layout.TILE_COLUMNS), layout.TILE_ROWS, 16)
+    reason = layout.refusal(tiled.columns, tiled.group_size, tiled.bits, tiled.scales.dtype)
+    if reason:
+        raise LlmqError(f"the kernel {reason}")
+    words = (-(-tiled.rows // layout.TILE_ROWS), -(-tiled.columns // layout.TILE_COLUMNS), 16 * tiled.bits, 16)
     _check_stored("words", tiled.words, torch.int32, words)
     pairs = (layout.groups_of(tiled.columns, tiled.group_size), words[0] * layout.TILE_ROWS)
     _check_stored("scales", tiled.scales, tiled.scales.dtype, pairs)
-    reason = layout.refusal(tiled.columns, tiled.group_size, 4, tiled.scales.dtype)
-    if reason:
-        raise LlmqError(f"the kernel {reason}")
     if tiled.columns >= FARTHEST_ROW or tiled.scales.numel() >= 1 << 31:
         raise LlmqError(f"the kernel takes fewer than {FARTHEST_ROW} columns and 2**31 scales; got {tiled.columns}")
     if tiled.zeros is not None:
@@ -158,13 +159,13 @@ def _check_stored(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[in
 
 def configuration(tiled: Tiled, rows: int, dtype: torch.dtype, device: torch.device) -> Launch:
     """The configuration that M = `rows` is launched with."""
-    return _configured(device, dtype, _group(tiled), rows, tiled.rows, tiled.columns)
+    return _configured(device, dtype, tiled.bits, _group(tiled), rows, tiled.rows, tiled.columns)
 
 
 @cache  # at most MOST_ROWS for each shape: a look-up in the place of a search through the table in every call
-def _configured(device: torch.device, dtype: torch.dtype, group: int, rows: int, n: int, k: int) -> Launch:
+def _configured(device: torch.device, dtype: torch.dtype, bits: int, group: int, rows: int, n: int, k: int) -> Launch:
     found = device_of(device)
-    return configure(found, DTYPES[dtype], group, rows, n, k, table_of(found))
+    return configure(found, DTYPES[dtype], group, rows, n, k, table_of(found), bits)
 
 
 def _group(tiled: Tiled) -> int:
@@ -208,14 +209,14 @@ def _launch(x: Tensor, tiled: Tiled, bias: Tensor | None, y: Tensor, launch: Lau
     w4_swap[grid](
         x, tiled.words, scales, zeros, y if bias is None else bias, y, partials, counted,
         x.shape[0], tiled.rows, x.shape[1], x.stride(0) if x.shape[0] > 1 else x.shape[1], tiles,
-        BM=launch.bm, BN=launch.bn, STAGES=launch.stages, SPLIT=launch.split, GROUP=_group(tiled),
-        SYMMETRIC=tiled.zeros is None, BIAS=bias is not None, RAGGED=x.shape[1] % layout.TILE_COLUMNS != 0,
+        BM=launch.bm, BN=launch.bn, STAGES=launch.stages, SPLIT=launch.split, BITS=tiled.bits,
+        GROUP=_group(tiled), SYMMETRIC=tiled.zeros is None, BIAS=bias is not None, RAGGED=x.shape[1] % layout.TILE_COLUMNS != 0,
         SCALE=tl.float16 if tiled.scales.dtype == torch.float16 else tl.bfloat16, FORM=launch.form,
         **compiler_options(device_of(x.device).arch, launch),
     )  # fmt: skip
 
 
-_ARGUMENTS = "Tensor words, Tensor scales, Tensor? zeros, Tensor? bias, int rows, int columns, int group_size"
+_ARGUMENTS = "Tensor words, Tensor scales, Tensor? zeros, Tensor? bias, int rows, int columns, int bits, int group_size"
 
 
 @torch.library.custom_op("llmq::w4_linear", mutates_args=(), schema=f"(Tensor x, {_ARGUMENTS}) -> Tensor")
@@ -238,7 +239,9 @@ def _(x: Tensor, words: Tensor, scales: Tensor, zeros: Any, bias: Any, rows: int
 
 
 @_backward.register_fake
-def _(grad: Tensor, words: Tensor, scales: Tensor, zeros: Any, bias: Any, rows: int, columns: int, size: int) -> Tensor:
+def _(
+    grad: Tensor, words: Tensor, scales: Tensor, zeros: Any, bias: Any, rows: int, columns: int, *sizes: int
+) -> Tensor:
     return grad.new_empty(grad.shape[0], columns)
 
 
@@ -251,7 +254,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x = torch.ops.llmq.w4_linear_back(grad.contiguous(), *ctx.saved_tensors, None, *ctx.sizes)
     bias = grad.sum(0) if ctx.bias and ctx.needs_input_grad[4] else None
-    return (x, None, None, None, bias, None, None, None)
+    return (x, None, None, None, bias, None, None, None, None)
 
 
 _forward.register_autograd(_gradients, setup_context=_remember)

@@ -30,6 +30,7 @@ SHAPES = ("256x128", "384x192")
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
+    parser.add_argument("--bits", type=int, choices=(2, 3, 4, 8), default=4, help="of the weights (default 4)")
     parser.add_argument("--group", type=int, default=128, help="columns per scale, 0 per channel (default 128)")
     parser.add_argument("--asym", action="store_true", help="weights with zero points")
     parser.add_argument("--rows", type=int, nargs="+", help="M (default 1 to 1024)")
@@ -95,13 +96,18 @@ def bench(asked: argparse.Namespace) -> int:
     rows = tuple(asked.rows or (ROWS if asked.self_test else library.ROWS))
     effort, dtype = SELF_TEST if asked.self_test else Effort(), getattr(torch, asked.dtype)
     plan = library.Plan(
-        asked.device, dtype, asked.group, not asked.asym, shapes, rows, asked.seconds, asked.seed, effort, asked.tables
-    )
+        asked.device, dtype, asked.group, not asked.asym, shapes, rows, asked.seconds, asked.seed, effort,
+        asked.tables, asked.bits,
+    )  # fmt: skip
     limits, findings = measured(plan.device, dtype, effort), library.Findings()
-    record = head(asked) | {"dtype": asked.dtype, "group": asked.group, "symmetric": plan.symmetric}
+    record = head(asked) | {"dtype": asked.dtype, "bits": asked.bits, "group": asked.group, "symmetric": plan.symmetric}
     record |= {"ceilings": {"copy_bytes_per_s": limits.copy, "matmul_flops_per_s": limits.flops}}
     record |= {"absent": findings.absent, "wrong": findings.wrong, "skipped": findings.skipped, "rows": findings.rows}
-    path = place(asked, f"kernels-{asked.dtype}-g{asked.group or 'channel'}-{'asym' if asked.asym else 'sym'}", record)
+    path = place(
+        asked,
+        f"kernels-{asked.dtype}-int{asked.bits}-g{asked.group or 'channel'}-{'asym' if asked.asym else 'sym'}",
+        record,
+    )
 
     def done(line: str) -> None:
         write(path, record)

@@ -67,6 +67,7 @@ def _show(rows: list[Row]) -> None:
     for name in (
         "arch",
         "dtype",
+        "bits",
         "group",
         "zeros",
         "launch",
@@ -82,9 +83,10 @@ def _show(rows: list[Row]) -> None:
         table.add_row(
             case.arch,
             case.dtype,
+            str(case.bits),
             str(case.group or "channel"),
             "" if case.symmetric else "yes",
-            str(case.launch) if isinstance(case, Case) else f"dequantize {case.bits} bits",
+            str(case.launch) if isinstance(case, Case) else "dequantize",
             str(report.registers),
             str(report.stack),
             str(report.shared),

@@ -28,6 +28,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dtype", nargs="+", choices=("float16", "bfloat16"), default=["float16", "bfloat16"])
     parser.add_argument("--group", type=int, nargs="+", default=[128], help="columns per scale, 0 per channel")
+    parser.add_argument("--bits", type=int, nargs="+", choices=(4, 8), default=[4], help="of the weights (default 4)")
     parser.add_argument("--shapes", nargs="+", help="KxN (default five)")
     parser.add_argument(
         "--seconds", type=float, default=300, help="the time box, compiling ahead and crossovers included"
@@ -77,7 +78,7 @@ def tune(asked: argparse.Namespace) -> int:
     shapes = parse_shapes(asked.shapes or SHAPES) if asked.shapes or asked.self_test else None
     sizes = tuning.SIZES if shapes is None else [(shape.k, shape.n) for shape in shapes]
     found = tuning.Sweep() if asked.again else tuning.load(path, known)
-    listed = tuning.tasks(known.arch, asked.dtype, asked.group, sizes)
+    listed = tuning.tasks(known.arch, asked.dtype, asked.group, sizes, asked.bits)
     choices, rows = tuning.candidates, tuning.CROSSOVER_ROWS
     if asked.self_test:
         listed, rows = listed[:2], (1, 70)
@@ -87,7 +88,10 @@ def tune(asked: argparse.Namespace) -> int:
     def save() -> None:
         tuning.save(path, known, head, found)
         row = found.rows[-1]
-        print(f"{row['dtype']} g{row['group']} M={row['m']} {row['k']}x{row['n']}: {row['us']:.1f} us", file=sys.stderr)
+        print(
+            f"{row['dtype']} int{row['bits']} g{row['group']} M={row['m']} {row['k']}x{row['n']}: {row['us']:.1f} us",
+            file=sys.stderr,
+        )
 
     tuning.sweep(listed, device, sweeping, asked.seed, effort, found, choices, save)
     tuning.crossover(listed, device, budget, asked.seed, effort, found, rows)

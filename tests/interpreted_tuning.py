@@ -89,8 +89,8 @@ def test_time_that_is_over_leaves_the_task_for_later() -> None:
 
 def test_configurations_are_compiled_ahead_and_failures_are_passed_over() -> None:
     (item, *_) = tuning.ahead([TASK], CPU, 1)
-    assert item[:3] == ("cpu", "float16", 128)
-    assert set(item[3]) == set(tuning.candidates(Device("interpreter", 8), TASK))
-    assert tuning.compile_ahead((*item[:3], tuple(LAUNCHES))) == 2
+    assert item[:2] == ("cpu", ("float16", 4, 128))
+    assert set(item[2]) == set(tuning.candidates(Device("interpreter", 8), TASK))
+    assert tuning.compile_ahead((*item[:2], tuple(LAUNCHES))) == 2
     with pytest.raises(LlmqError, match="bn must divide"):
         w4.multiply(torch.zeros(1, 256).half(), w4.prepare(tuning._inputs(TASK, CPU, 1, 1)[0]), None, LAUNCHES[2])

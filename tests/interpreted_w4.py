@@ -1,8 +1,8 @@
-"""The GPU kernels for 4 bits in Triton's interpreter, against float64. Run by `test_w4.py` in a process of its own.
+"""The few-rows kernel in Triton's interpreter, against float64. Run by `test_w4.py` in a process of its own.
 
 float16 takes the portable unpacking that GPUs without PTX take. bfloat16 goes through the `upcast` form: the interpreter
 computes with the bit patterns of bfloat16, and cuts off where a GPU rounds. Assembly, bfloat16 arithmetic and two programs
-that count themselves in at once can be seen on a GPU alone.
+that count themselves in at once can be seen on a GPU alone; `test_assembly.py` executes the assembly's text.
 """
 
 from __future__ import annotations
@@ -67,15 +67,16 @@ def assert_right(y: Tensor, x: Tensor, packed: Packed, bias: Tensor | None = Non
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_any_shape_equals_the_reference(shape: tuple[int, ...], dtype: torch.dtype, symmetric: bool) -> None:
+@pytest.mark.parametrize("bits", layout.BITS)
+def test_any_shape_equals_the_reference(bits: int, shape: tuple[int, ...], dtype: torch.dtype, symmetric: bool) -> None:
     rows, out, columns, size = shape
-    packed = drawn(out, columns, size, symmetric, dtype)
+    packed = drawn(out, columns, size, symmetric, dtype, bits=bits)
     packed.scale[0, 0] = 0
     # float16's denormals are normal float32 numbers; bfloat16's are not, are flushed on GPUs, and `grid` stores none.
     packed.scale[-1, -1] = torch.finfo(dtype).smallest_normal / (4 if dtype == F16 else 1)
     tiled = w4.prepare(packed)
     x, bias = inputs(rows, columns, dtype), inputs(1, out, dtype)[0]
-    for split, with_bias in itertools.product((1, 2, 3), (False, True)):
+    for split, with_bias in itertools.product((1, 2, 3), (False, True)) if bits == 4 else ((1, False), (3, True)):
         kept = bias if with_bias else None
         y = w4.multiply(x, tiled, kept, launch(rows, dtype, split))
         assert_right(y, x, packed, kept)
@@ -84,13 +85,14 @@ def test_any_shape_equals_the_reference(shape: tuple[int, ...], dtype: torch.dty
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("size", [32, 64, 128, 256])
-def test_every_code_and_zero_point_is_exact(size: int, symmetric: bool) -> None:
-    packed = drawn(64, 256, size, symmetric, F16)
+@pytest.mark.parametrize("bits", layout.BITS)
+def test_every_code_and_zero_point_is_exact(bits: int, size: int, symmetric: bool) -> None:
+    packed, most = drawn(64, 256, size, symmetric, F16, bits=bits), (1 << bits) - 1
     packed.scale[:] = 2.0 ** torch.randint(-3, 4, packed.scale.shape)
-    assert set(reference.unpack(packed.weight, 4, 256).flatten().tolist()) == set(range(16))
+    assert set(reference.unpack(packed.weight, bits, 256).flatten().tolist()) == set(range(most + 1))
     if packed.zero is not None:
-        packed.zero[0] = -0x10000000  # zero points 0 for seven rows, 15 for one
-        assert {0, 15} <= set(reference.unpack(packed.zero.T, 4, 64).flatten().tolist())
+        packed.zero[0] = -1 << 32 - bits  # zero points 0 for all rows but one, which has the largest
+        assert {0, most} <= set(reference.unpack(packed.zero.T, bits, 64).flatten().tolist())
     x = torch.eye(256, dtype=F16)
     assert torch.equal(w4.multiply(x, w4.prepare(packed)).T, reference.dequantize(packed).to(F16))
 
@@ -109,11 +111,12 @@ def test_every_code_and_zero_point_is_exact(size: int, symmetric: bool) -> None:
     ],
     ids=str,
 )
+@pytest.mark.parametrize("bits", layout.BITS)
 def test_large_blocks_multiply_the_weights_of_the_slab_path(
-    shape: tuple[int, ...], scales: torch.dtype, dtype: torch.dtype, symmetric: bool
+    bits: int, shape: tuple[int, ...], scales: torch.dtype, dtype: torch.dtype, symmetric: bool
 ) -> None:
     rows, out, columns, size, bm = shape
-    packed = drawn(out, columns, size, symmetric, scales)
+    packed = drawn(out, columns, size, symmetric, scales, bits=bits)
     packed.scale[0, 0] = 0
     x, bias = inputs(rows, columns, dtype), inputs(1, out, dtype)[0]
     tiled = w4.prepare(packed)
@@ -129,26 +132,29 @@ def test_large_blocks_multiply_the_weights_of_the_slab_path(
 
 
 @triton.jit
-def _unpacked(words, zeros, out, SYMMETRIC: tl.constexpr):
+def _unpacked(words, zeros, out, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
     rows = tl.arange(0, 64)[:, None]
-    q, z = tl.load(words + rows * 16 + tl.arange(0, 16)[None, :]), tl.load(zeros + rows)
-    found = beside4(*pairs(q, z, z, z, z, tl.bfloat16, SYMMETRIC, "portable"))
+    at = words + rows * 16 + tl.arange(0, 16)[None, :]
+    q, more, z = tl.load(at), tl.load(at + (0 if BITS == 4 else 1024)), tl.load(zeros + rows)
+    found = beside4(*pairs(q, more, z, z, z, z, BITS, tl.bfloat16, SYMMETRIC, "portable"))
     tl.store(out + rows * 128 + tl.arange(0, 128)[None, :], found.to(tl.int16, bitcast=True))
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
-def test_bfloat16_is_unpacked_without_its_arithmetic(symmetric: bool) -> None:
+@pytest.mark.parametrize("bits", layout.BITS)
+def test_bfloat16_is_unpacked_without_its_arithmetic(bits: int, symmetric: bool) -> None:
     """What AMD runs: the bits are right even where bfloat16 cannot be added."""
-    packed = drawn(64, 128, 128, False, BF16)
-    points = reference.unpack(packed.zero.T, 4, 64).T.to(torch.int32)  # type: ignore[union-attr]
+    packed = drawn(64, 128, 128, False, BF16, bits=bits)
+    points = reference.unpack(packed.zero.T, bits, 64).T.to(torch.int32)  # type: ignore[union-attr]
     out = torch.empty(64, 128, dtype=torch.int16)
-    _unpacked[(1,)](layout.tile(packed).words, points * 0x10001, out, SYMMETRIC=symmetric)
-    want = reference.unpack(packed.weight, 4, 128) - (8 if symmetric else points)
+    _unpacked[(1,)](layout.tile(packed).words, points * 0x10001, out, BITS=bits, SYMMETRIC=symmetric)
+    want = reference.unpack(packed.weight, bits, 128) - (packed.middle if symmetric else points)
     assert torch.equal(out.view(BF16), want.to(BF16))
 
 
-def test_the_wide_block_gives_the_same_bits() -> None:
-    packed, x = drawn(256, 384, 128, False, F16), inputs(5, 384, F16)
+@pytest.mark.parametrize("bits", layout.BITS)
+def test_the_wide_block_gives_the_same_bits(bits: int) -> None:
+    packed, x = drawn(256, 384, 128, False, F16, bits=bits), inputs(5, 384, F16)
     tiled = w4.prepare(packed)
     assert torch.equal(
         w4.multiply(x, tiled, None, launch(5, F16, 2, 64)), w4.multiply(x, tiled, None, launch(5, F16, 2, 128))
@@ -175,14 +181,16 @@ def test_layers_that_are_one_give_the_same_bits() -> None:
     assert torch.equal(w4.run(x, layout.concatenate(parts)), torch.cat([w4.run(x, part) for part in parts], 1))
 
 
-def test_gradients_reach_the_input_and_the_operator_is_one() -> None:
-    packed = drawn(70, 160, 32, False, F16)
+@pytest.mark.parametrize("bits", layout.BITS)
+def test_gradients_reach_the_input_and_the_operator_is_one(bits: int) -> None:
+    packed = drawn(70, 160, 32, False, F16, bits=bits)
+    packed.scale.div_(packed.middle / 8)
     tiled, x = w4.prepare(packed), inputs(3, 160, F16).requires_grad_()
     w4.run(x, tiled).float().sum().backward()
     want = torch.ones(3, 70, dtype=torch.float64) @ reference.dequantize(packed, torch.float64)
     assert x.grad is not None
     torch.testing.assert_close(x.grad.double(), want, rtol=1e-2, atol=5e-2)  # of sums of 70 rounded weights
-    arguments = (tiled.words, tiled.scales, tiled.zeros, None, 70, 160, 32)
+    arguments = (tiled.words, tiled.scales, tiled.zeros, None, 70, 160, bits, 32)
     torch.use_deterministic_algorithms(False)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.llmq.w4_linear.default, (x, *arguments), test_utils=checks)
@@ -202,7 +210,10 @@ def test_bad_input_is_refused_before_any_launch() -> None:
         (x, tiled, torch.zeros(63, dtype=F16), r"bias must be contiguous torch.float16 \[64\]"),
         (x, tiled, torch.zeros(64), "bias must be contiguous torch.float16"),
         (x[0], tiled, None, r"x must be \[M, 128\]; got \[128\]"),
-        (x, replace(tiled, group_size=48), None, "scales must be contiguous"),
+        (x, replace(tiled, group_size=48), None, "takes groups of 32, 64, a multiple of 128, or one per channel"),
+        (x, replace(tiled, group_size=64), None, "scales must be contiguous"),
+        (x, replace(tiled, bits=8), None, r"words must be contiguous torch.int32 \[1, 1, 128, 16\]"),
+        (x, replace(tiled, bits=3), None, "takes 4 and 8 bits; these weights have 3"),
         (x, replace(tiled, scales=tiled.scales.float()), None, "takes scales in float16 or bfloat16"),
         (x, replace(tiled, rows=65), None, "words must be contiguous"),
     ]

@@ -166,13 +166,16 @@ def test_truth_in_pieces_is_the_reference(bits: int, monkeypatch: pytest.MonkeyP
     assert torch.equal(rivals.dense(packed, BF16), reference.dequantize(packed).to(BF16))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
-def test_gemlite_is_given_the_weight_as_it_takes_it(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gemlite_is_given_the_weight_as_it_takes_it(
+    symmetric: bool, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A stand-in with the signatures of gemlite 0.6.0: (codes - zeros) * scales, codes uint8 [N, K], scales [N, G]."""
 
     class Layer:
         def __init__(self, W_nbits: int, group_size: int, in_features: int, out_features: int, **dtypes: str) -> None:
-            assert (W_nbits, dtypes) == (4, {"input_dtype": "fp16", "output_dtype": "fp16"})
+            assert (W_nbits, dtypes) == (bits, {"input_dtype": "fp16", "output_dtype": "fp16"})
             self.sizes = (out_features, in_features, group_size)
 
         def pack(self, W_q: Tensor, scales: Tensor, zeros: Tensor | int, bias: Tensor | None) -> None:
@@ -189,7 +192,7 @@ def test_gemlite_is_given_the_weight_as_it_takes_it(symmetric: bool, monkeypatch
     monkeypatch.setitem(sys.modules, "gemlite", types.ModuleType("gemlite"))
     monkeypatch.setitem(sys.modules, "gemlite.core", core)
     generator = torch.Generator().manual_seed(0)
-    packed = truth.draw(generator, 64, 128, 32, symmetric, F16)
+    packed = truth.draw(generator, 64, 128, 32, symmetric, F16, bits)
     x = truth.draw_input(generator, 3, 128, F16)
     rival = next(rival for rival in rivals.RIVALS if rival.name == "gemlite")
     assert truth.judge(rival.run(x, rival.prepare(packed, F16)), truth.truth(x, packed)).wrong is None
@@ -197,9 +200,11 @@ def test_gemlite_is_given_the_weight_as_it_takes_it(symmetric: bool, monkeypatch
 
 def test_the_check_covers_the_grid_and_names_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     listed = checking.cases(False)
-    four = {(case.group, case.dtype, case.symmetric) for case in listed if case.bits == 4}
-    assert len(four) == len(checking.GROUPS) * 4
-    assert all({0, 1, 1024} <= set(case.rows) for case in listed if case.bits == 4)
+    whole = [case for case in listed if {0, 1, 1024} <= set(case.rows)]
+    for bits in (4, 8):
+        grid = {(case.group, case.dtype, case.symmetric) for case in whole if case.bits == bits}
+        assert len(grid) == len(checking.GROUPS) * 4
+    assert {case.bits for case in listed} == {2, 3, 4, 8}
     assert any(case.n % 64 and case.k % 128 for case in listed)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     case = next(case for case in checking.cases(True) if case.group == 64 and not case.symmetric)
@@ -244,7 +249,7 @@ def test_the_script_writes_one_record(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (file,) = tmp_path.iterdir()
     record = json.loads(file.read_text())
-    assert file.name == "kernels-bfloat16-gchannel-asym-cpu.json"
+    assert file.name == "kernels-bfloat16-int4-gchannel-asym-cpu.json"
     assert (record["device"], record["seed"], record["self_test"], record["symmetric"]) == ("cpu", 4, True, False)
     assert record["versions"]["torch"] == torch.__version__
     assert record["command"].startswith("scripts/bench_kernels.py --self-test")

@@ -23,7 +23,15 @@ def record(path: Path, **more: Any) -> Path:
         for m in (1, 16, 1024)
         for what in ("triton", "dense", "one that nobody knows")
     ]
-    head = {"device": "a GPU", "arch": "sm_90", "dtype": "float16", "group": 128, "symmetric": True, "ceilings": {}}
+    head = {
+        "device": "a GPU",
+        "arch": "sm_90",
+        "dtype": "float16",
+        "bits": 4,
+        "group": 128,
+        "symmetric": True,
+        "ceilings": {},
+    }
     head |= {"self_test": True, "date": "2026-01-01T00:00:00", "versions": {"torch": "2", "triton": None}}
     path.write_text(json.dumps(head | {"rows": rows} | more))
     return path

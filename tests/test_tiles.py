@@ -13,16 +13,18 @@ from llmq.kernels import layout
 from llmq.kernels.problem import Packed
 
 
-def drawn(rows: int, columns: int, size: int, symmetric: bool, dtype: torch.dtype, seed: int = 0) -> Packed:
-    """A weight whose every stored bit is drawn: scales of any sign, zero points and codes from 0 to 15."""
+def drawn(
+    rows: int, columns: int, size: int, symmetric: bool, dtype: torch.dtype, seed: int = 0, bits: int = 4
+) -> Packed:
+    """A weight whose every stored bit is drawn: scales of any sign, zero points and codes from 0 to the largest."""
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 16, (rows, columns), generator=generator, dtype=torch.uint8)
+    codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
     scale = torch.randn(rows, columns // size, generator=generator).to(dtype)
     zero = None
     if not symmetric:
-        points = torch.randint(0, 16, (columns // size, rows), generator=generator, dtype=torch.uint8)
-        zero = pack(points, 4).T.contiguous()
-    return Packed(rows, columns, 4, size, pack(codes, 4), scale, zero)
+        points = torch.randint(0, 1 << bits, (columns // size, rows), generator=generator, dtype=torch.uint8)
+        zero = pack(points, bits).T.contiguous()
+    return Packed(rows, columns, bits, size, pack(codes, bits), scale, zero)
 
 
 def assert_same(a: Packed, b: Packed) -> None:
@@ -41,35 +43,41 @@ def assert_same(a: Packed, b: Packed) -> None:
     st.booleans(),
     st.sampled_from([torch.float16, torch.bfloat16]),
     st.integers(0, 99),
+    st.sampled_from(layout.BITS),
 )
 def test_any_weight_comes_back_to_the_bit(
-    rows: int, groups: int, size: int | None, symmetric: bool, dtype: torch.dtype, seed: int
+    rows: int, groups: int, size: int | None, symmetric: bool, dtype: torch.dtype, seed: int, bits: int
 ) -> None:
     columns = 13 * groups if size is None else size * groups
-    packed = drawn(rows, columns, size or columns, symmetric, dtype, seed)
+    packed = drawn(rows, columns, size or columns, symmetric, dtype, seed, bits)
     tiled = layout.tile(packed)
     tiles = -(-rows // 64), -(-columns // 128)
-    assert tiled.words.shape == (*tiles, 64, 16)
+    assert tiled.words.shape == (*tiles, 16 * bits, 16)
     assert tiled.words.dtype == torch.int32
     assert tiled.words.is_contiguous()
     assert tiled.scales.shape == (layout.groups_of(columns, packed.group_size), tiles[0] * 64)
     assert_same(layout.untile(tiled), packed)
 
 
-def test_every_code_lies_where_the_docstring_says() -> None:
-    packed = drawn(70, 200, 200, False, torch.float16)
-    tiled = layout.tile(packed)
-    codes = [[(int(word) >> (4 * i)) & 15 for word in row for i in range(8)] for row in packed.weight.tolist()]
+@pytest.mark.parametrize("bits", layout.BITS)
+def test_every_code_lies_where_the_docstring_says(bits: int) -> None:
+    packed = drawn(70, 200, 200, False, torch.float16, bits=bits)
+    tiled, most = layout.tile(packed), (1 << bits) - 1
+    codes = [
+        [(int(word) >> (bits * i)) & most for word in row for i in range(32 // bits)] for row in packed.weight.tolist()
+    ]
     for n in range(70):
         for k in range(200):
             p, rest = divmod(k % 128, 32)
-            word = int(tiled.words[n // 64, k // 128, n % 64, rest // 2])
-            assert (word >> (4 * p + 16 * (rest % 2))) & 15 == codes[n][k]
+            half, p = (0, p) if bits == 4 else divmod(p, 2)
+            word = int(tiled.words[n // 64, k // 128, 64 * half + n % 64, rest // 2])
+            assert (word >> (bits * p + 16 * (rest % 2))) & most == codes[n][k]
     for n in range(70):
         at = n // 16 * 16 + 2 * (n % 8) + n % 16 // 8
         assert tiled.scales[0, at] == packed.scale[n, 0]
         assert tiled.zeros is not None
-        assert int(tiled.zeros[0, at]) == (int(packed.zero[n // 8, 0]) >> (4 * (n % 8))) & 15  # type: ignore[index]
+        word, shift = n * bits // 32, n * bits % 32
+        assert int(tiled.zeros[0, at]) == (int(packed.zero[word, 0]) >> shift) & most  # type: ignore[index]
 
 
 def test_padding_has_scale_zero() -> None:
@@ -78,22 +86,28 @@ def test_padding_has_scale_zero() -> None:
     assert int((tiled.scales != 0).sum()) == 3 * 5
 
 
+@pytest.mark.parametrize("bits", layout.BITS)
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_rows_of_layers_concatenate(symmetric: bool) -> None:
-    parts = [drawn(rows, 256, 64, symmetric, torch.float16, rows) for rows in (128, 64, 70)]
+def test_rows_of_layers_concatenate(symmetric: bool, bits: int) -> None:
+    parts = [drawn(rows, 256, 64, symmetric, torch.float16, rows, bits) for rows in (128, 64, 70)]
     got = layout.untile(layout.concatenate([layout.tile(part) for part in parts]))
     assert torch.equal(got.weight, torch.cat([part.weight for part in parts]))
     assert torch.equal(got.scale, torch.cat([part.scale for part in parts]))
     with pytest.raises(LlmqError, match="but the last must have out_features that 64 divides; got 70"):
         layout.concatenate([layout.tile(part) for part in (parts[2], parts[0])])
-    with pytest.raises(LlmqError, match="same in_features, group size"):
-        layout.concatenate([layout.tile(parts[0]), layout.tile(drawn(64, 256, 32, symmetric, torch.float16))])
+    others = (
+        drawn(64, 256, 32, symmetric, torch.float16, bits=bits),
+        drawn(64, 256, 64, symmetric, torch.float16, bits=12 - bits),
+    )
+    for other in others:
+        with pytest.raises(LlmqError, match="same in_features, bits, group size"):
+            layout.concatenate([layout.tile(parts[0]), layout.tile(other)])
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"bits": 8}, "takes 4 bits; these weights have 8"),
+        ({"bits": 3}, "takes 4 and 8 bits; these weights have 3"),
         ({"group_size": 48}, "takes groups of 32, 64, a multiple of 128, or one per channel; these have 48 columns"),
         ({"scale_dtype": torch.float32}, "takes scales in float16 or bfloat16; these are float32"),
     ],

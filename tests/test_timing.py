@@ -163,16 +163,17 @@ def test_a_budget_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("device", [Device("sm_90", 132), Device("sm_80", 108), Device("gfx942", 304)])
 def test_candidates_fit_and_hold_what_the_rules_choose(device: Device) -> None:
-    listed = tuning.tasks(device.arch, ["float16", "bfloat16"], [128, 0], [*tuning.SIZES, (1000, 4160)])
+    listed = tuning.tasks(device.arch, ["float16", "bfloat16"], [128, 0], [*tuning.SIZES, (1000, 4160)], [4, 8])
     assert len(set(listed)) == len(listed)
     assert {task.size for task in listed} == set(buckets(device.arch))
     assert (1000, 128) not in {(task.k, task.group) for task in listed}, "128 does not divide 1000"
     few = buckets(device.arch)[0]
     first = listed[: len(tuning.SIZES)]
-    assert {(task.dtype, task.group, task.size) for task in first} == {("float16", 128, few)}
+    assert {(task.weights, task.size) for task in first} == {(("float16", 4, 128), few)}
+    assert {task.bits for task in listed} == {4, 8}
     for task in listed:
         found = tuning.candidates(device, task)
-        assert configure(device, task.dtype, task.group, task.rows, task.n, task.k) == found[0]
+        assert configure(device, task.dtype, task.group, task.rows, task.n, task.k, bits=task.bits) == found[0]
         assert len(set(found)) == len(found) > 3
         for launch in found:
             assert launch.bm == task.size
@@ -182,7 +183,17 @@ def test_candidates_fit_and_hold_what_the_rules_choose(device: Device) -> None:
 
 def test_a_table_is_read_back_by_the_launch(tmp_path: Path) -> None:
     device = Device("sm_90", 132)
-    row = {"dtype": "float16", "group": 128, "bucket": 8, "n": 4096, "k": 4096, "bn": 64, "warps": 8, "stages": 5}
+    row = {
+        "dtype": "float16",
+        "bits": 4,
+        "group": 128,
+        "bucket": 8,
+        "n": 4096,
+        "k": 4096,
+        "bn": 64,
+        "warps": 8,
+        "stages": 5,
+    }
     found = tuning.Sweep([row | {"split": 2, "us": 1.0, "m": 1, "error": 0.0, "tried": 3}])
     found.discarded["OutOfResources: N"] += 2
     path = tmp_path / "tuned" / "some-gpu.json"
@@ -192,6 +203,9 @@ def test_a_table_is_read_back_by_the_launch(tmp_path: Path) -> None:
     assert table == rows_of(found.rows)
     launch = configure(device, "float16", 128, 1, 4096, 4096, table)
     assert (launch.bn, launch.warps, launch.stages, launch.split) == (64, 8, 5, 2)
+    eight = configure(device, "float16", 128, 1, 4096, 4096, table, bits=8)
+    assert eight == configure(device, "float16", 128, 1, 4096, 4096, bits=8), "another width's row is not taken"
+    assert eight.stages == 3
     assert tuning.load(path, device).rows == found.rows, "a later sweep goes on here"
     assert tuning.load(path, device).discarded == found.discarded
     assert tuning.load(path, Device("sm_80", 108)).rows == []

@@ -1,4 +1,4 @@
-"""The Triton kernel for 4 bits without a GPU: its launch configurations, what it refuses, and the interpreter's tests."""
+"""The Triton kernel without a GPU: its launch configurations, what it refuses, and the interpreter's tests."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ assert "is not installed" in dict(choice.refused)["triton"], choice
         ({"device": "cuda", "dtype": torch.float32}, "takes float16 and bfloat16; input: float32"),
         ({"device": "cuda", "scale_dtype": torch.float32}, "takes scales in float16 or bfloat16; these are float32"),
         ({"device": "cuda", "group_size": 16}, "these have 16 columns"),
-        ({"device": "cuda", "bits": 8}, "takes 4 bits; these weights have 8"),
+        ({"device": "cuda", "bits": 2}, "takes 4 and 8 bits; these weights have 2"),
     ],
 )
 def test_refusals_state_rule_and_value(change: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:

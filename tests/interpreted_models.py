@@ -79,13 +79,13 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 @pytest.fixture(
     scope="module",
-    params=[("qwen2", True), ("qwen2", False), ("opt", False)],
-    ids=lambda value: f"{value[0]}-{'sym' if value[1] else 'asym'}",
+    params=[("qwen2", 4, True), ("qwen2", 4, False), ("opt", 4, False), ("opt", 8, True), ("qwen2", 8, False)],
+    ids=lambda value: f"{value[0]}-int{value[1]}-{'sym' if value[2] else 'asym'}",
 )
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Said]:
-    arch, symmetric = request.param
+    arch, bits, symmetric = request.param
     folder = tmp_path_factory.mktemp(arch) / "out"
-    config = llmq.QuantConfig(method="rtn", group_size=32, symmetric=symmetric, dtype="float16")
+    config = llmq.QuantConfig(method="rtn", bits=bits, group_size=32, symmetric=symmetric, dtype="float16")
     llmq.quantize(tiny_model(arch, layers=2), folder, config)
     return arch, said(folder, IDS)
 

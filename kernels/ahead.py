@@ -78,7 +78,7 @@ def read(case: Case | Unpacking) -> Report:
     reader = _amd if case.arch.startswith("gfx") else _nvidia
     if isinstance(case, Case):
         return reader(compile_case(case), case.arch, case.launch.warps, 128 * case.launch.bn, False)
-    from llmq.kernels._w4_dequant import ROWS, WARPS
+    from llmq.kernels._wna16_dequant import ROWS, WARPS
 
     return reader(compile_unpacking(case), case.arch, WARPS, ROWS * 512, True)
 
@@ -89,29 +89,29 @@ def compile_unpacking(case: Unpacking) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from llmq.kernels._w4_dequant import ROWS, WARPS, w4_dequant
+    from llmq.kernels._wna16_dequant import ROWS, WARPS, wna16_dequant
 
     types = {"words": "*i32", "scales": f"*{case.dtype}", "zeros": "*i32", "out": f"*{case.dtype}"}
     aligned = (*types, "K", "width")
     types |= dict.fromkeys(("first", "N", "K", "width", "groups"), "i32")
     constants = {"BN": ROWS, "BITS": case.bits, "GROUP": case.group, "SYMMETRIC": case.symmetric}
-    names = list(w4_dequant.arg_names)
+    names = list(wna16_dequant.arg_names)
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    source = ASTSource(w4_dequant, types | dict.fromkeys(constants, "constexpr"), constants, attributes)
+    source = ASTSource(wna16_dequant, types | dict.fromkeys(constants, "constexpr"), constants, attributes)
     options = {"num_warps": WARPS, "enable_fp_fusion": False}
     return triton.compile(source, target=_target(case.arch, GPUTarget), options=options)
 
 
 def compile_case(case: Case) -> Any:
-    """Triton's compiled kernel, as `llmq.kernels.w4` would launch it."""
+    """Triton's compiled kernel, as `llmq.kernels.wna16` would launch it."""
     import triton
     from triton import language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from llmq.kernels._w4_swap import w4_swap
+    from llmq.kernels._wna16_swap import wna16_swap
 
-    if not hasattr(w4_swap, "cache_key"):
+    if not hasattr(wna16_swap, "cache_key"):
         raise LlmqError("nothing can be compiled while Triton interprets: unset TRITON_INTERPRET")
     launch, element = case.launch, f"*{case.dtype}"
     types = dict.fromkeys(POINTERS, element) | dict.fromkeys(("words", "scales", "zeros", "counters"), "*i32")
@@ -129,9 +129,9 @@ def compile_case(case: Case) -> Any:
         "SCALE": tl.float16 if case.dtype == "fp16" else tl.bfloat16,
         "FORM": launch.form,
     }
-    names = list(w4_swap.arg_names)
+    names = list(wna16_swap.arg_names)
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*POINTERS, "K", "stride")}
-    source = ASTSource(w4_swap, types | dict.fromkeys(constants, "constexpr"), constants, aligned)
+    source = ASTSource(wna16_swap, types | dict.fromkeys(constants, "constexpr"), constants, aligned)
     return triton.compile(
         source, target=_target(case.arch, GPUTarget), options=compiler_options(case.arch, case.launch)
     )

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.kernels import reference, rivals, slab, w4
+from llmq.kernels import reference, rivals, slab, wna16
 from llmq.kernels.launch import Launch, configure, table_of, told
 from llmq.kernels.layout import Tiled
 from llmq.kernels.problem import Packed, Problem
@@ -133,7 +133,7 @@ def contenders(packed: Packed, plan: Plan) -> tuple[list[Contender], dict[str, s
         if reason is None:
             run: Callable[..., Tensor] = kernel.run
             launch: Callable[[int], str | None] = partial(kernel.launch_of, problem, device=plan.device)
-            if kernel is w4 and plan.tables is not None:
+            if kernel is wna16 and plan.tables is not None:
                 run, launch = _tabled(plan, plan.tables, packed)
             found.append(Contender(kernel.NAME, True, kernel.prepare, run, stored, launch))
         else:
@@ -154,14 +154,14 @@ def _prepared(rival: rivals.Rival, dtype: torch.dtype, packed: Packed) -> Any:
 
 def _tabled(plan: Plan, folder: Path, packed: Packed) -> tuple[Callable[..., Tensor], Callable[[int], str]]:
     """The Triton kernel with the launches of a folder's table."""
-    device = w4.device_of(plan.device)
-    table, kind = table_of(device, folder), (w4.DTYPES[plan.dtype], plan.group_size)
+    device = wna16.device_of(plan.device)
+    table, kind = table_of(device, folder), (wna16.DTYPES[plan.dtype], plan.group_size)
 
     def launch(rows: int) -> Launch:
         return configure(device, *kind, rows, packed.rows, packed.columns, table, plan.bits)
 
     def run(x: Tensor, tiled: Tiled) -> Tensor:
-        return w4.multiply(x, tiled, None, launch(x.shape[0]))
+        return wna16.multiply(x, tiled, None, launch(x.shape[0]))
 
     def words(rows: int) -> str:
         return told(device, *kind, rows, packed.rows, packed.columns, table, plan.bits)

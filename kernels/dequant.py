@@ -1,4 +1,4 @@
-"""Dense rows of a packed weight by Triton, for the slab path on GPUs: one pass in the place of torch's many. See `_w4_dequant`.
+"""Dense rows of a packed weight by Triton, for the slab path on GPUs: one pass, not torch's many. See `_wna16_dequant`.
 
 The same bits as `llmq.kernels.slab.dequantize` gives on the CPU. On the CPU it runs in Triton's interpreter alone, for tests.
 """
@@ -74,12 +74,12 @@ def _check(packed: Packed, start: int, stop: int, dtype: torch.dtype) -> None:
 
 
 def _launch(packed: Packed, start: int, out: Tensor) -> None:
-    from llmq.kernels._w4_dequant import ROWS, WARPS, w4_dequant
+    from llmq.kernels._wna16_dequant import ROWS, WARPS, wna16_dequant
 
     rows, columns = out.shape
     groups = columns // packed.group_size
     stop = start + rows
-    w4_dequant[-(-rows // ROWS), -(-columns // 512)](
+    wna16_dequant[-(-rows // ROWS), -(-columns // 512)](
         packed.weight[start:stop], packed.scale[start:stop],
         packed.weight if packed.zero is None else packed.zero, out,
         start, rows, columns, packed.weight.shape[1], groups,

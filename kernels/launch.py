@@ -40,7 +40,7 @@ TUNED = Path(__file__).resolve().parent / "tuned"
 
 @dataclass(frozen=True)
 class Launch:
-    """How w4_swap is launched. bm, bn: rows of x and of the weight in a block. split: parts of K. form: of unpacking."""
+    """How wna16_swap is launched. bm, bn: rows of x and of the weight in a block. split: parts of K. form: of unpacking."""
 
     bm: int
     bn: int

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from llmq.errors import LlmqError
-from llmq.kernels import w4
+from llmq.kernels import wna16
 from llmq.kernels.timing import cache_bytes
 
 PACKAGES = ("torch", "triton", "gemlite")
@@ -22,7 +22,7 @@ PACKAGES = ("torch", "triton", "gemlite")
 
 def about(device: torch.device, command: Sequence[str], seed: int, self_test: bool) -> dict[str, Any]:
     """The head of a record. command: the script's name and its arguments. self_test: nothing in it is a measurement."""
-    known = w4.device_of(device)
+    known = wna16.device_of(device)
     found: dict[str, Any] = {"device": name_of(device), "arch": known.arch, "processors": known.processors}
     found |= {"cache_bytes": cache_bytes(device), "memory_bytes": _memory(device)}
     versions = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmq.errors import LlmqError
-from llmq.kernels import cpu_int4, reference, slab, w4
+from llmq.kernels import cpu_int4, reference, slab, wna16
 from llmq.kernels.problem import Kernel, Problem
 
-KERNELS: tuple[Kernel, ...] = (cpu_int4, w4, slab, reference)
+KERNELS: tuple[Kernel, ...] = (cpu_int4, wna16, slab, reference)
 
 
 @dataclass(frozen=True)

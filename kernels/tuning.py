@@ -9,7 +9,7 @@ measured at its largest M, the one of 8 at M = 1, where decoding is. Tables hold
 a load more and change no choice of the rules.
 
 A sweep that is ended by its time box leaves a valid table of what was reached, and a later one with the same file goes on
-where it ended. `crossover` holds, as information, the times of the kernel and of the slab path for M around `w4.MOST_ROWS`.
+where it ended. `crossover` holds, as information, the times of the kernel and of the slab path for M around `wna16.MOST_ROWS`.
 Left out: tuning at run time, and forms of unpacking other than by vendor.
 """
 
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.kernels import slab, w4
+from llmq.kernels import slab, wna16
 from llmq.kernels.launch import Device, Launch, Row, buckets, configure, form_of, rows_of
 from llmq.kernels.layout import Tiled
 from llmq.kernels.problem import Packed
@@ -130,7 +130,7 @@ def sweep(
             found.skipped.append(str(task))
             continue
         try:
-            row = tune(task, choices(w4.device_of(device), task), device, seed, effort, found.discarded, budget)
+            row = tune(task, choices(wna16.device_of(device), task), device, seed, effort, found.discarded, budget)
         except Exception as error:  # one task that does not fit into memory must not cost the others
             found.skipped.append(f"{task}: {type(error).__name__}: {error}")
             continue
@@ -147,7 +147,7 @@ def tune(
 ) -> dict[str, Any] | None:  # fmt: skip
     """The fastest right configuration of a task as a table's row; None where there is none."""
     packed, x, wanted = _inputs(task, device, seed, task.rows)
-    tiled = w4.prepare(packed)
+    tiled = wna16.prepare(packed)
     copies = copies_of(tiled, tiled.words.nbytes, device)
     timed: list[tuple[float, int, Launch]] = []
     for launch in launches:
@@ -158,7 +158,7 @@ def tune(
         try:
             reason = _refused(x, tiled, launch, wanted)
             if reason is None:
-                calls = [partial(w4.multiply, x, copy, None, launch) for copy in copies]
+                calls = [partial(wna16.multiply, x, copy, None, launch) for copy in copies]
                 timed.append((measure(calls, device, _quick(effort)).us, len(timed), launch))
         except Exception as error:
             reason = (
@@ -168,7 +168,7 @@ def tune(
             discarded[reason] += 1
     best = []
     for _, index, launch in sorted(timed)[:FINALISTS]:
-        timing = measure([partial(w4.multiply, x, copy, None, launch) for copy in copies], device, effort)
+        timing = measure([partial(wna16.multiply, x, copy, None, launch) for copy in copies], device, effort)
         best.append((timing.us, index, launch, judge(timing.output, wanted)))
     right = [one for one in best if one[3].wrong is None]
     if not right:
@@ -192,10 +192,10 @@ def _inputs(task: Task, device: torch.device, seed: int, rows: int) -> tuple[Pac
 
 
 def _refused(x: Tensor, tiled: Tiled, launch: Launch, wanted: Truth) -> str | None:
-    y = w4.multiply(x, tiled, None, launch)
+    y = wna16.multiply(x, tiled, None, launch)
     if judge(y, wanted).wrong is not None:
         return WRONG
-    return None if torch.equal(y, w4.multiply(x, tiled, None, launch)) else UNSTABLE
+    return None if torch.equal(y, wna16.multiply(x, tiled, None, launch)) else UNSTABLE
 
 
 def crossover(
@@ -203,20 +203,20 @@ def crossover(
     rows: Sequence[int] = CROSSOVER_ROWS,
 ) -> None:  # fmt: skip
     """Times of the kernel, with the table found so far, and of the slab path, for every M of `rows` and every shape of tasks."""
-    known, table = w4.device_of(device), rows_of(found.rows)
+    known, table = wna16.device_of(device), rows_of(found.rows)
     for task in {(t.weights, t.n, t.k): t for t in listed}.values():
         if budget.over():
             found.skipped.append(f"crossover {task}")
             continue
         packed, x, wanted = _inputs(task, device, seed, max(rows))
-        tiled, stored, times = w4.prepare(packed), packed.weight.nbytes, []
+        tiled, stored, times = wna16.prepare(packed), packed.weight.nbytes, []
         tiles, slabs = copies_of(tiled, stored, device), copies_of(packed, stored, device)
         for count in rows:
             if budget.over():
                 break
             part = x[:count]
             launch = configure(known, task.dtype, task.group, count, task.n, task.k, table, task.bits)
-            one = measure([partial(w4.multiply, part, copy, None, launch) for copy in tiles], device, _quick(effort))
+            one = measure([partial(wna16.multiply, part, copy, None, launch) for copy in tiles], device, _quick(effort))
             two = measure([partial(slab.run, part, copy) for copy in slabs], device, _quick(effort))
             for name, timing in (("triton", one), ("slab", two)):
                 verdict = judge(timing.output, wanted)
@@ -226,7 +226,7 @@ def crossover(
         most = max((t["m"] for t in times if t["triton_us"] <= t["slab_us"]), default=0)
         sizes = {"dtype": task.dtype, "bits": task.bits, "group": task.group, "n": task.n, "k": task.k}
         kept = [one for one in found.crossover if {name: one[name] for name in sizes} != sizes]
-        new = sizes | {"triton_wins_up_to": most, "most_rows_now": w4.MOST_ROWS, "times": times}
+        new = sizes | {"triton_wins_up_to": most, "most_rows_now": wna16.MOST_ROWS, "times": times}
         found.crossover[:] = [*kept, new]
 
 
@@ -259,9 +259,9 @@ def compile_ahead(item: tuple[str, tuple[str, int, int], tuple[Launch, ...]]) ->
         k = max(launch.split * 128, group)
         generator = torch.Generator(torch.device(device)).manual_seed(1)
         kind = getattr(torch, dtype)
-        tiled = w4.prepare(draw(generator, 128, k, group or k, True, kind, bits))
+        tiled = wna16.prepare(draw(generator, 128, k, group or k, True, kind, bits))
         try:
-            w4.multiply(draw_input(generator, launch.bm, k, kind), tiled, None, launch)
+            wna16.multiply(draw_input(generator, launch.bm, k, kind), tiled, None, launch)
             done += 1
         except Exception:  # told by `tune`
             continue
@@ -272,7 +272,7 @@ def ahead(
     listed: Sequence[Task], device: torch.device, parts: int
 ) -> Iterator[tuple[str, tuple[str, int, int], tuple[Launch, ...]]]:
     """The distinct configurations of tasks, in order, dealt into items for `compile_ahead`."""
-    known = w4.device_of(device)
+    known = wna16.device_of(device)
     wanted: dict[tuple[str, int, int], dict[Launch, None]] = {}
     for task in listed:
         wanted.setdefault(task.weights, {}).update(dict.fromkeys(candidates(known, task)))

@@ -64,14 +64,14 @@ def main() -> int:
 
 def tune(asked: argparse.Namespace) -> int:
     """Sweep, then the crossovers; the table is written after every row."""
-    from llmq.kernels import tuning, w4
+    from llmq.kernels import tuning, wna16
     from llmq.kernels.record import about, measured_device, slug
     from llmq.kernels.tables import parse_shapes, show_sweep
     from llmq.kernels.timing import SELF_TEST, Budget, Effort
 
     budget, sweeping = Budget(asked.seconds), Budget(SWEEPING * asked.seconds)
     device = measured_device(asked.self_test)
-    known, effort = w4.device_of(device), SELF_TEST if asked.self_test else Effort()
+    known, effort = wna16.device_of(device), SELF_TEST if asked.self_test else Effort()
     head = about(device, ("scripts/tune_kernels.py", *sys.argv[1:]), asked.seed, asked.self_test)
     folder = asked.output or (Path(tempfile.mkdtemp()) if asked.self_test else ROOT / "kernels" / "tuned")
     path = folder / f"{slug(head['device'])}.json"

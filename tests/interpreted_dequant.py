@@ -1,4 +1,4 @@
-"""The dequantize kernel in Triton's interpreter, bit for bit against the slab path. Run by `test_w4.py` in a process of its own.
+"""The dequantize kernel in Triton's interpreter, to the bit as the slab path. Run by `test_wna16.py`, in a process of its own.
 
 bfloat16 comes as scales; as an output it waits for a GPU: the interpreter cuts off where a GPU rounds.
 """

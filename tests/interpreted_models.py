@@ -2,7 +2,7 @@
 
 Run by `test_whole_models.py` in a process of its own. float16: the reference multiplies in float32 and rounds once, the
 kernel does too but for the order of its sums, so that logits differ by what a few linears round the other way. In bfloat16
-the interpreter cuts off where a GPU rounds (`tests/interpreted_w4.py`): logits alone are compared, and less closely.
+the interpreter cuts off where a GPU rounds (`tests/interpreted_wna16.py`): logits alone are compared, and less closely.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 import llmq
 from llmq.joined import joined_linears
-from llmq.kernels import w4
+from llmq.kernels import wna16
 from llmq.linear import QuantLinear
 from tests.tiny import VOCAB, tiny_model
 
@@ -72,8 +72,8 @@ def assert_near(found: Tensor, want: Tensor, share: float = STEPS) -> None:
 def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The rows of x of every launch."""
     rows: list[int] = []
-    launch = w4._launch
-    monkeypatch.setattr(w4, "_launch", lambda x, *rest: rows.append(len(x)) or launch(x, *rest))
+    launch = wna16._launch
+    monkeypatch.setattr(wna16, "_launch", lambda x, *rest: rows.append(len(x)) or launch(x, *rest))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""The sweep in Triton's interpreter: what is wrong is discarded, the table is read back. Run by `test_w4.py`."""
+"""The sweep in Triton's interpreter: what is wrong is discarded, the table is read back. Run by `test_wna16.py`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.kernels import bench, timing, tuning, w4
+from llmq.kernels import bench, timing, tuning, wna16
 from llmq.kernels.launch import Device, Launch, configure, nearest, table_of
 from llmq.kernels.timing import Budget, Effort
 
@@ -45,7 +45,7 @@ def test_the_fastest_right_launch_is_a_row_that_the_launch_reads(tmp_path: Path)
     (crossing,) = found.crossover
     assert [time["m"] for time in crossing["times"]] == [1, 9]
     assert crossing["triton_wins_up_to"] == 0, "the interpreter wins against nobody"
-    known = w4.device_of(CPU)
+    known = wna16.device_of(CPU)
     tuning.save(tmp_path / "cpu.json", known, {"device": "cpu", "measured": "a test"}, found)
     table = table_of(known, tmp_path)
     launch = configure(known, "float16", 128, 1, 128, 256, table)
@@ -65,20 +65,20 @@ def test_the_fastest_right_launch_is_a_row_that_the_launch_reads(tmp_path: Path)
 
 
 def test_a_launch_with_a_wrong_result_is_never_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    right, count = w4.multiply, Counter[int]()
+    right, count = wna16.multiply, Counter[int]()
 
     def wrong(x: Tensor, tiled: Any, bias: Any = None, launch: Launch | None = None) -> Tensor:
         assert launch is not None
         count[launch.split] += 1
         return right(x, tiled, bias, launch) * (0.5 if launch.split == 2 else 1)
 
-    monkeypatch.setattr(w4, "multiply", wrong)
+    monkeypatch.setattr(wna16, "multiply", wrong)
     found = swept()
     assert found.rows[0]["split"] == 1
     assert found.discarded["wrong result"] == 1
     assert found.wrong() == ["wrong result"]
     assert count[2] == 1, "not timed"
-    monkeypatch.setattr(w4, "multiply", lambda x, *rest: right(x, *rest) + torch.rand(1).half())
+    monkeypatch.setattr(wna16, "multiply", lambda x, *rest: right(x, *rest) + torch.rand(1).half())
     assert swept().rows == []
 
 
@@ -93,4 +93,4 @@ def test_configurations_are_compiled_ahead_and_failures_are_passed_over() -> Non
     assert set(item[2]) == set(tuning.candidates(Device("interpreter", 8), TASK))
     assert tuning.compile_ahead((*item[:2], tuple(LAUNCHES))) == 2
     with pytest.raises(LlmqError, match="bn must divide"):
-        w4.multiply(torch.zeros(1, 256).half(), w4.prepare(tuning._inputs(TASK, CPU, 1, 1)[0]), None, LAUNCHES[2])
+        wna16.multiply(torch.zeros(1, 256).half(), wna16.prepare(tuning._inputs(TASK, CPU, 1, 1)[0]), None, LAUNCHES[2])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import llmq
-from llmq.kernels import cpu_int4, slab, w4
+from llmq.kernels import cpu_int4, slab, wna16
 from llmq.kernels.launch import Device
 from llmq.kernels.problem import Problem
 from llmq.linear import QuantLinear
@@ -32,13 +32,13 @@ def test_rows_and_joined_linears_are_told(tmp_path: Path) -> None:
 
 
 def test_a_launch_says_where_it_is_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(w4, "device_of", lambda _: Device("sm_90", 132))
+    monkeypatch.setattr(wna16, "device_of", lambda _: Device("sm_90", 132))
     problem = Problem(4096, 4096, 4, 128, True, torch.float16, torch.float16, "cuda")
-    told = w4.launch_of(problem, 1, torch.device("cuda"))
+    told = wna16.launch_of(problem, 1, torch.device("cuda"))
     assert told is not None
     assert told.startswith("bm8 bn")
     assert told.endswith("assembly (measured)") or told.endswith("assembly (by rule)")
-    assert w4.launch_of(problem, 0, torch.device("cuda")) is None
+    assert wna16.launch_of(problem, 0, torch.device("cuda")) is None
 
 
 @pytest.mark.parametrize(("fuse", "problems"), [(False, 4), (True, 4)])

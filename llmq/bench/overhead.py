@@ -9,7 +9,7 @@ Nothing is to do in what is timed, so that a CPU tells what the host of a GPU wo
     step     `Decoder`'s step, eagerly and for one sequence, with all these linears answering like that; over the number of
              blocks. Norms, attention, embedding and output head are there, and run; they are the same in each form of the
              model, so that the difference to the original is what packed linears add to a block.
-    launch   `llmq.kernels.w4.multiply` up to Triton's launcher, for each shape of the first block, one row: checks,
+    launch   `llmq.kernels.wna16.multiply` up to Triton's launcher, for each shape of the first block, one row: checks,
              configuration and the output's memory. What Triton's own launcher takes is not in it.
 
 A CUDA graph pays none of this. Forms take turns; the median of the rounds is told.
@@ -33,7 +33,7 @@ from llmq.blocks import find_blocks
 from llmq.errors import LlmqError
 from llmq.eval.models import wait
 from llmq.hf.decoding import Decoder
-from llmq.kernels import layout, w4
+from llmq.kernels import layout, wna16
 from llmq.kernels.registry import KERNELS
 from llmq.linear import QuantLinear, answering
 
@@ -146,19 +146,19 @@ def nothing_to_do(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
 def launch_overhead(variants: Sequence[Variant], rounds: int = 15) -> list[dict[str, Any]]:
     """A row for each shape of the first block that the Triton kernel takes: its host code without a launch, microseconds."""
     rows: dict[tuple[int, int], dict[str, Any]] = {}
-    launch = w4._launch
+    launch = wna16._launch
     for linear in (module for module in _packed(variants).modules() if isinstance(module, QuantLinear)):
         packed, dtype = linear.packed(), linear.weight_scale.dtype
         shape = (packed.rows, packed.columns)
-        taken = dtype in w4.DTYPES and layout.refusal(packed.columns, packed.group_size, packed.bits, dtype) is None
+        taken = dtype in wna16.DTYPES and layout.refusal(packed.columns, packed.group_size, packed.bits, dtype) is None
         if shape in rows or not taken:
             continue
         tiled, x = layout.tile(packed), torch.zeros(1, packed.columns, dtype=dtype, device=linear.device)
         try:
-            w4._launch = lambda *_: None
-            times = [_many(partial(w4.run, x, tiled)) for _ in range(rounds)]
+            wna16._launch = lambda *_: None
+            times = [_many(partial(wna16.run, x, tiled)) for _ in range(rounds)]
         finally:
-            w4._launch = launch
+            wna16._launch = launch
         rows[shape] = {"n": shape[0], "k": shape[1], "host_us": 1e6 * statistics.median(times) / PASSES}
     return list(rows.values())
 

@@ -52,7 +52,7 @@ def _codes(words, width, unit, rows_ok, BITS: tl.constexpr, UNIT: tl.constexpr):
 
 
 @triton.jit
-def w4_dequant(
+def wna16_dequant(
     words, scales, zeros, out, first, N, K, width, groups,
     BN: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr,
 ):  # fmt: skip

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from llmq.errors import LlmqError
-from llmq.kernels import ahead, gates, w4
+from llmq.kernels import ahead, gates, wna16
 from llmq.kernels.launch import Device, Launch, Row, bucket, configure, form_of, nearest, table_of
 from llmq.kernels.problem import Problem
 from llmq.kernels.registry import choose
@@ -30,7 +30,7 @@ absent = importlib.util.find_spec("triton") is None
 
 @pytest.mark.skipif(absent, reason="triton is not installed")
 def test_the_kernels_in_the_interpreter() -> None:
-    in_the_interpreter(*(f"tests/interpreted_{name}.py" for name in ("w4", "dequant", "tuning")))
+    in_the_interpreter(*(f"tests/interpreted_{name}.py" for name in ("wna16", "dequant", "tuning")))
 
 
 @pytest.mark.skipif(absent, reason="triton is not installed")
@@ -96,22 +96,22 @@ assert "is not installed" in dict(choice.refused)["triton"], choice
     ],
 )
 def test_refusals_state_rule_and_value(change: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(w4, "_installed", lambda: True)
-    monkeypatch.setattr(w4, "_oldest", lambda: (9, 0))
-    found = w4.refusal(replace(PROBLEM, **change))
+    monkeypatch.setattr(wna16, "_installed", lambda: True)
+    monkeypatch.setattr(wna16, "_oldest", lambda: (9, 0))
+    found = wna16.refusal(replace(PROBLEM, **change))
     assert found is not None
     assert reason in found
 
 
 def test_old_gpus_and_an_absent_triton_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(w4, "_installed", lambda: True)
-    monkeypatch.setattr(w4, "_oldest", lambda: (9, 0))
+    monkeypatch.setattr(wna16, "_installed", lambda: True)
+    monkeypatch.setattr(wna16, "_oldest", lambda: (9, 0))
     problem = replace(PROBLEM, device="cuda")
-    assert choose(problem, 1).kernel is w4
-    assert choose(problem, w4.MOST_ROWS + 1).kernel.NAME == "slab"
-    monkeypatch.setattr(w4, "_oldest", lambda: (7, 5))
-    assert w4.refusal(problem) == "needs sm_80 or newer; the oldest GPU here is sm_75"
-    monkeypatch.setattr(w4, "_installed", lambda: False)
+    assert choose(problem, 1).kernel is wna16
+    assert choose(problem, wna16.MOST_ROWS + 1).kernel.NAME == "slab"
+    monkeypatch.setattr(wna16, "_oldest", lambda: (7, 5))
+    assert wna16.refusal(problem) == "needs sm_80 or newer; the oldest GPU here is sm_75"
+    monkeypatch.setattr(wna16, "_installed", lambda: False)
     with pytest.raises(LlmqError, match="triton needs the package triton, which is not installed: pip install triton"):
         choose(problem, 1, "triton")
 

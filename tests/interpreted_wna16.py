@@ -1,4 +1,4 @@
-"""The few-rows kernel in Triton's interpreter, against float64. Run by `test_w4.py` in a process of its own.
+"""The few-rows kernel in Triton's interpreter, against float64. Run by `test_wna16.py` in a process of its own.
 
 float16 takes the portable unpacking that GPUs without PTX take. bfloat16 goes through the `upcast` form: the interpreter
 computes with the bit patterns of bfloat16, and cuts off where a GPU rounds. Assembly, bfloat16 arithmetic and two programs
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.kernels import layout, reference, slab, w4
+from llmq.kernels import layout, reference, slab, wna16
 from llmq.kernels._unpack import beside4, pairs
 from llmq.kernels.launch import Launch
 from llmq.kernels.problem import Packed
@@ -74,13 +74,13 @@ def test_any_shape_equals_the_reference(bits: int, shape: tuple[int, ...], dtype
     packed.scale[0, 0] = 0
     # float16's denormals are normal float32 numbers; bfloat16's are not, are flushed on GPUs, and `grid` stores none.
     packed.scale[-1, -1] = torch.finfo(dtype).smallest_normal / (4 if dtype == F16 else 1)
-    tiled = w4.prepare(packed)
+    tiled = wna16.prepare(packed)
     x, bias = inputs(rows, columns, dtype), inputs(1, out, dtype)[0]
     for split, with_bias in itertools.product((1, 2, 3), (False, True)) if bits == 4 else ((1, False), (3, True)):
         kept = bias if with_bias else None
-        y = w4.multiply(x, tiled, kept, launch(rows, dtype, split))
+        y = wna16.multiply(x, tiled, kept, launch(rows, dtype, split))
         assert_right(y, x, packed, kept)
-        assert torch.equal(y, w4.multiply(x, tiled, kept, launch(rows, dtype, split))), "counters are left at zero"
+        assert torch.equal(y, wna16.multiply(x, tiled, kept, launch(rows, dtype, split))), "counters are left at zero"
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
@@ -94,7 +94,7 @@ def test_every_code_and_zero_point_is_exact(bits: int, size: int, symmetric: boo
         packed.zero[0] = -1 << 32 - bits  # zero points 0 for all rows but one, which has the largest
         assert {0, most} <= set(reference.unpack(packed.zero.T, bits, 64).flatten().tolist())
     x = torch.eye(256, dtype=F16)
-    assert torch.equal(w4.multiply(x, w4.prepare(packed)).T, reference.dequantize(packed).to(F16))
+    assert torch.equal(wna16.multiply(x, wna16.prepare(packed)).T, reference.dequantize(packed).to(F16))
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
@@ -119,14 +119,14 @@ def test_large_blocks_multiply_the_weights_of_the_slab_path(
     packed = drawn(out, columns, size, symmetric, scales, bits=bits)
     packed.scale[0, 0] = 0
     x, bias = inputs(rows, columns, dtype), inputs(1, out, dtype)[0]
-    tiled = w4.prepare(packed)
+    tiled = wna16.prepare(packed)
     folded = size < columns
     exact = folded and FORMS[dtype] == "portable"  # elsewhere scales multiply float32 sums, or float32 weights
     weight = slab.dequantize(packed, slab.zero_points(packed), 0, out, dtype if exact else torch.float32).double()
     want = x.double() @ weight.T + bias.double()
     size_of = x.double().abs() @ weight.abs().T + bias.double().abs()
     for split in (1, 2):
-        y = w4.multiply(x, tiled, bias, Launch(bm, 64, 4, 3, split, FORMS[dtype]))
+        y = wna16.multiply(x, tiled, bias, Launch(bm, 64, 4, 3, split, FORMS[dtype]))
         tiny = torch.finfo(dtype).smallest_normal
         assert bool(((y.double() - want).abs() <= want.abs() * ROUNDING[dtype] + size_of * 2**-20 + tiny).all())
 
@@ -155,50 +155,50 @@ def test_bfloat16_is_unpacked_without_its_arithmetic(bits: int, symmetric: bool)
 @pytest.mark.parametrize("bits", layout.BITS)
 def test_the_wide_block_gives_the_same_bits(bits: int) -> None:
     packed, x = drawn(256, 384, 128, False, F16, bits=bits), inputs(5, 384, F16)
-    tiled = w4.prepare(packed)
+    tiled = wna16.prepare(packed)
     assert torch.equal(
-        w4.multiply(x, tiled, None, launch(5, F16, 2, 64)), w4.multiply(x, tiled, None, launch(5, F16, 2, 128))
+        wna16.multiply(x, tiled, None, launch(5, F16, 2, 64)), wna16.multiply(x, tiled, None, launch(5, F16, 2, 128))
     )
-    odd = w4.prepare(drawn(192, 128, 128, True, F16))
+    odd = wna16.prepare(drawn(192, 128, 128, True, F16))
     with pytest.raises(LlmqError, match="bn must divide the padded rows 192; got 128: use 64"):
-        w4.multiply(inputs(1, 128, F16), odd, None, launch(1, F16, 1, 128))
+        wna16.multiply(inputs(1, 128, F16), odd, None, launch(1, F16, 1, 128))
 
 
 def test_no_rows_and_any_strides() -> None:
     packed = drawn(70, 160, 32, True, F16)
-    tiled = w4.prepare(packed)
-    assert w4.run(torch.empty(0, 160, dtype=F16), tiled).shape == (0, 70)
+    tiled = wna16.prepare(packed)
+    assert wna16.run(torch.empty(0, 160, dtype=F16), tiled).shape == (0, 70)
     x = inputs(6, 160, F16)
-    want = w4.run(x, tiled)
+    want = wna16.run(x, tiled)
     for other in (torch.cat((x, x), 1)[:, :160], x.T.contiguous().T, torch.cat((x[:, :3], x), 1)[:, 3:]):
-        assert torch.equal(w4.run(other, tiled), want)
-    assert torch.equal(w4.run(x[:1], tiled), w4.run(torch.cat((x[:1, :5], x[:1]), 1)[:, 5:], tiled))
+        assert torch.equal(wna16.run(other, tiled), want)
+    assert torch.equal(wna16.run(x[:1], tiled), wna16.run(torch.cat((x[:1, :5], x[:1]), 1)[:, 5:], tiled))
 
 
 def test_layers_that_are_one_give_the_same_bits() -> None:
-    parts = [w4.prepare(drawn(rows, 256, 64, False, F16, rows)) for rows in (128, 64, 70)]
+    parts = [wna16.prepare(drawn(rows, 256, 64, False, F16, rows)) for rows in (128, 64, 70)]
     x = inputs(3, 256, F16)
-    assert torch.equal(w4.run(x, layout.concatenate(parts)), torch.cat([w4.run(x, part) for part in parts], 1))
+    assert torch.equal(wna16.run(x, layout.concatenate(parts)), torch.cat([wna16.run(x, part) for part in parts], 1))
 
 
 @pytest.mark.parametrize("bits", layout.BITS)
 def test_gradients_reach_the_input_and_the_operator_is_one(bits: int) -> None:
     packed = drawn(70, 160, 32, False, F16, bits=bits)
     packed.scale.div_(packed.middle / 8)
-    tiled, x = w4.prepare(packed), inputs(3, 160, F16).requires_grad_()
-    w4.run(x, tiled).float().sum().backward()
+    tiled, x = wna16.prepare(packed), inputs(3, 160, F16).requires_grad_()
+    wna16.run(x, tiled).float().sum().backward()
     want = torch.ones(3, 70, dtype=torch.float64) @ reference.dequantize(packed, torch.float64)
     assert x.grad is not None
     torch.testing.assert_close(x.grad.double(), want, rtol=1e-2, atol=5e-2)  # of sums of 70 rounded weights
     arguments = (tiled.words, tiled.scales, tiled.zeros, None, 70, 160, bits, 32)
     torch.use_deterministic_algorithms(False)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(torch.ops.llmq.w4_linear.default, (x, *arguments), test_utils=checks)
+    torch.library.opcheck(torch.ops.llmq.wna16_linear.default, (x, *arguments), test_utils=checks)
 
 
 def test_bad_input_is_refused_before_any_launch() -> None:
     packed = drawn(64, 128, 32, False, F16)
-    tiled, x = w4.prepare(packed), inputs(2, 128, F16)
+    tiled, x = wna16.prepare(packed), inputs(2, 128, F16)
     assert tiled.zeros is not None
     bad = [
         (x[:, 1:], tiled, None, r"x must be \[M, 128\]; got \[2, 127\]"),
@@ -219,19 +219,19 @@ def test_bad_input_is_refused_before_any_launch() -> None:
     ]
     for given, weight, bias, message in bad:
         with pytest.raises(LlmqError, match=message):
-            w4.multiply(given, weight, bias)
+            wna16.multiply(given, weight, bias)
     packed.scale[3, 1] = float("inf")
     with pytest.raises(LlmqError, match="scales must be finite; that of row 3, group 1 is inf"):
-        w4.prepare(packed)
+        wna16.prepare(packed)
 
 
 def test_offsets_of_32_bits_are_never_exceeded(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiled, x = w4.prepare(drawn(64, 128, 32, True, F16)), inputs(4, 256, F16)[:, :128]
-    assert w4._aligned(x) is x
-    want = w4.run(x, tiled)
-    monkeypatch.setattr(w4, "FARTHEST_ROW", 200)
-    assert w4._aligned(x).stride() == (128, 1), "rows too far apart are copied"
-    assert torch.equal(w4.run(x, tiled), want)
-    monkeypatch.setattr(w4, "FARTHEST_ROW", 100)
+    tiled, x = wna16.prepare(drawn(64, 128, 32, True, F16)), inputs(4, 256, F16)[:, :128]
+    assert wna16._aligned(x) is x
+    want = wna16.run(x, tiled)
+    monkeypatch.setattr(wna16, "FARTHEST_ROW", 200)
+    assert wna16._aligned(x).stride() == (128, 1), "rows too far apart are copied"
+    assert torch.equal(wna16.run(x, tiled), want)
+    monkeypatch.setattr(wna16, "FARTHEST_ROW", 100)
     with pytest.raises(LlmqError, match="the kernel takes fewer than 100 columns and 2"):
-        w4.run(x, tiled)
+        wna16.run(x, tiled)

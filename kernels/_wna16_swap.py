@@ -13,6 +13,9 @@ of sums in place of two, for which there are no registers. So this is the kernel
 float16, groups of 128: a block of 128 rows takes 3.8 instructions for each weight, two of 64 take 5.4, while the tensor
 cores need the time of 11 for 128 rows. A kernel with x as the left operand would store dense weights to shared memory first.
 
+Words of 8 bits come in two blocks a tile, each unpacked like one of 4 bits. sm_90, groups of 128, blocks of 128 x 16: 2.5
+(float16) and 3.0 (bfloat16) instructions a weight, of 8 that there is time for: they are twice the bytes.
+
 From BM 32 a block's rows beyond M are read as row M - 1 and never written: a mask would cost two instructions for each load.
 Tried and left out: two tiles in a turn of the loop, 2.77 (BM 32) and 3.12 (BM 64) instructions in place of 3.03 and 3.47
 with BN 64, at twice the shared memory, but an odd tile left over waits for memory alone, outside of the ring.
@@ -21,7 +24,7 @@ Split K: every part of K writes its float32 sums to its own place in `partials`,
 adds all parts in their order, so that the result does not depend on who that is, writes y and sets the counter back to zero
 for the next launch: no memory to clear, no second kernel, no atomics on floats, the same bits every time.
 
-What the host promises (`llmq.kernels.w4`): words, scales and zeros as `llmq.kernels.layout` makes them, BN a divisor
+What the host promises (`llmq.kernels.wna16`): words, scales and zeros as `llmq.kernels.layout` makes them, BN a divisor
 of their rows; x, y and all others 16-byte aligned, x's row stride and K divisible by 16 and below 2**24;
 counters zero; M, N, K >= 1.
 """
@@ -157,7 +160,7 @@ def _together(acc, bias, y, partials, counters, n, m, N, M, BM: tl.constexpr, BN
 
 
 @triton.jit(do_not_specialize=["M", "N", "tiles"])
-def w4_swap(
+def wna16_swap(
     x, words, scales, zeros, bias, y, partials, counters,
     M, N, K, stride, tiles,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, BITS: tl.constexpr,

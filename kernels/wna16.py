@@ -1,4 +1,4 @@
-"""The Triton kernel for weights of 4 and 8 bits and few rows of x: checks, launch, operator. Device code: `_w4_swap`.
+"""The Triton kernel for weights of 4 and 8 bits and few rows of x: checks, launch, operator. Device code: `_wna16_swap`.
 
 Weights are read packed, once for every 64 rows of x (128 on sm_90 and sm_100); sums are float32; y is rounded once.
 float16 and bfloat16, symmetric and asymmetric, groups of 32, 64, multiples of 128 or per channel, any N, K and M >= 0.
@@ -8,7 +8,7 @@ set before triton was imported: for tests, a thousand times slower than anything
 
 Counters of split K: `llmq.kernels.counters`. Partial sums under a CUDA graph are the graph's own memory.
 
-Under autograd and torch.compile a call is one operator, `llmq::w4_linear`; the gradient of x goes through the dequantized
+Under autograd and torch.compile a call is one operator, `llmq::wna16_linear`; the gradient of x goes through the dequantized
 weight, slab by slab (`llmq.kernels.slab`). Left out: a gradient of the weight.
 """
 
@@ -104,7 +104,7 @@ def run(x: Tensor, tiled: Tiled, bias: Tensor | None = None) -> Tensor:
     """x [M, K], float16 or bfloat16 -> x @ W^T + bias [M, N] in x's dtype."""
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
         sizes = (tiled.rows, tiled.columns, tiled.bits, tiled.group_size)
-        y: Tensor = torch.ops.llmq.w4_linear(x, tiled.words, tiled.scales, tiled.zeros, bias, *sizes)
+        y: Tensor = torch.ops.llmq.wna16_linear(x, tiled.words, tiled.scales, tiled.zeros, bias, *sizes)
         return y
     return multiply(x, tiled, bias)
 
@@ -196,7 +196,7 @@ def _aligned(x: Tensor) -> Tensor:
 def _launch(x: Tensor, tiled: Tiled, bias: Tensor | None, y: Tensor, launch: Launch) -> None:
     import triton.language as tl
 
-    from llmq.kernels._w4_swap import w4_swap
+    from llmq.kernels._wna16_swap import wna16_swap
 
     row_tiles, tiles = tiled.words.shape[:2]
     grid = (row_tiles * 64 // launch.bn, -(-x.shape[0] // launch.bm), launch.split)
@@ -206,7 +206,7 @@ def _launch(x: Tensor, tiled: Tiled, bias: Tensor | None, y: Tensor, launch: Lau
         counted = counters.zeros(x.device, grid[0] * grid[1])
     scales = tiled.scales.view(torch.int32)
     zeros = scales if tiled.zeros is None else tiled.zeros.view(torch.int32)
-    w4_swap[grid](
+    wna16_swap[grid](
         x, tiled.words, scales, zeros, y if bias is None else bias, y, partials, counted,
         x.shape[0], tiled.rows, x.shape[1], x.stride(0) if x.shape[0] > 1 else x.shape[1], tiles,
         BM=launch.bm, BN=launch.bn, STAGES=launch.stages, SPLIT=launch.split, BITS=tiled.bits,
@@ -219,14 +219,14 @@ def _launch(x: Tensor, tiled: Tiled, bias: Tensor | None, y: Tensor, launch: Lau
 _ARGUMENTS = "Tensor words, Tensor scales, Tensor? zeros, Tensor? bias, int rows, int columns, int bits, int group_size"
 
 
-@torch.library.custom_op("llmq::w4_linear", mutates_args=(), schema=f"(Tensor x, {_ARGUMENTS}) -> Tensor")
+@torch.library.custom_op("llmq::wna16_linear", mutates_args=(), schema=f"(Tensor x, {_ARGUMENTS}) -> Tensor")
 def _forward(
     x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, *sizes: int
 ) -> Tensor:
     return multiply(x, Tiled(words, scales, zeros, *sizes), bias)
 
 
-@torch.library.custom_op("llmq::w4_linear_back", mutates_args=(), schema=f"(Tensor grad, {_ARGUMENTS}) -> Tensor")
+@torch.library.custom_op("llmq::wna16_linear_back", mutates_args=(), schema=f"(Tensor grad, {_ARGUMENTS}) -> Tensor")
 def _backward(
     grad: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, *sizes: int
 ) -> Tensor:
@@ -252,7 +252,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x = torch.ops.llmq.w4_linear_back(grad.contiguous(), *ctx.saved_tensors, None, *ctx.sizes)
+    x = torch.ops.llmq.wna16_linear_back(grad.contiguous(), *ctx.saved_tensors, None, *ctx.sizes)
     bias = grad.sum(0) if ctx.bias and ctx.needs_input_grad[4] else None
     return (x, None, None, None, bias, None, None, None, None)
 

@@ -6,6 +6,7 @@ The names below are the public API. Importing llmq is light: torch and transform
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from llmq._version import __version__
 from llmq.config import Calibration, QuantConfig
 from llmq.errors import LlmqError
 
@@ -14,8 +15,6 @@ if TYPE_CHECKING:
     from llmq.hf.decoding import generate_fast
     from llmq.hf.serving import disable, enable, load
     from llmq.launches import explain, warmup
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Calibration",

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-import llmq
 from llmq import calibration as calibrating
+from llmq._version import __version__
 from llmq.blocks import Captured, capture
 from llmq.blockwork import LinearReport
 from llmq.calibration import Writing
@@ -262,4 +262,4 @@ def bits_per_weight(plan: Plan, dtype: torch.dtype) -> float:
 
 def _versions() -> dict[str, str]:
     packages = {name: version(name) for name in ("torch", "transformers", "safetensors")}
-    return {"llmq": llmq.__version__, **packages, "python": platform.python_version()}
+    return {"llmq": __version__, **packages, "python": platform.python_version()}

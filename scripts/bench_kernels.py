@@ -55,8 +55,8 @@ def main() -> int:
     asked = arguments()
     if asked.self_test:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which is below
+    from llmq.bench.record import measured_device
     from llmq.errors import LlmqError
-    from llmq.kernels.record import measured_device
 
     asked.seed = secrets.randbelow(1 << 31) if asked.seed is None else asked.seed
     try:
@@ -69,14 +69,14 @@ def main() -> int:
 
 def head(asked: argparse.Namespace) -> dict[str, Any]:
     """What the record begins with."""
-    from llmq.kernels.record import about
+    from llmq.bench.record import about
 
     return about(asked.device, ("scripts/bench_kernels.py", *sys.argv[1:]), asked.seed, asked.self_test)
 
 
 def place(asked: argparse.Namespace, name: str, record: dict[str, Any]) -> Path:
     """The record's file."""
-    from llmq.kernels.record import slug
+    from llmq.bench.record import slug
 
     folder = asked.output or (Path(tempfile.mkdtemp()) if asked.self_test else ROOT / "eval" / "results")
     return folder / f"{name}-{slug(record['device'])}.json"
@@ -86,11 +86,11 @@ def bench(asked: argparse.Namespace) -> int:
     """Measure; the record is written after each contender, so that a run that is stopped leaves what it reached."""
     import torch
 
-    from llmq.kernels import bench as library
-    from llmq.kernels.record import write
-    from llmq.kernels.tables import parse_shapes, show_bench
-    from llmq.kernels.timing import SELF_TEST, Effort
-    from llmq.kernels.timing import ceilings as measured
+    from llmq.bench.kernels import benchmark as library
+    from llmq.bench.kernels.tables import parse_shapes, show_bench
+    from llmq.bench.kernels.timing import SELF_TEST, Effort
+    from llmq.bench.kernels.timing import ceilings as measured
+    from llmq.bench.record import write
 
     shapes = parse_shapes(asked.shapes or SHAPES) if asked.shapes or asked.self_test else library.SHAPES
     rows = tuple(asked.rows or (ROWS if asked.self_test else library.ROWS))
@@ -123,9 +123,9 @@ def bench(asked: argparse.Namespace) -> int:
 def ceilings(asked: argparse.Namespace) -> int:
     import torch
 
-    from llmq.kernels.record import write
-    from llmq.kernels.timing import SELF_TEST, Effort
-    from llmq.kernels.timing import ceilings as measured
+    from llmq.bench.kernels.timing import SELF_TEST, Effort
+    from llmq.bench.kernels.timing import ceilings as measured
+    from llmq.bench.record import write
 
     effort = SELF_TEST if asked.self_test else Effort()
     found = {name: asdict(measured(asked.device, getattr(torch, name), effort)) for name in ("float16", "bfloat16")}
@@ -137,10 +137,10 @@ def ceilings(asked: argparse.Namespace) -> int:
 
 
 def check(asked: argparse.Namespace) -> int:
-    from llmq.kernels import checking
-    from llmq.kernels.record import write
-    from llmq.kernels.tables import show_check
-    from llmq.kernels.timing import Budget
+    from llmq.bench.kernels import checking
+    from llmq.bench.kernels.tables import show_check
+    from llmq.bench.kernels.timing import Budget
+    from llmq.bench.record import write
 
     budget, small = Budget(asked.seconds), asked.small or asked.self_test
     listed = checking.cases(small)

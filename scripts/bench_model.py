@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rich.console import Console
 from rich.table import Table
 
+from llmq.bench.record import write
 from llmq.cli import guarded, open_named
 from llmq.config import QuantConfig
 from llmq.console import make_console, print_json, size
 from llmq.errors import LlmqError
-from llmq.kernels.record import write
 
 TABLES = {
     "models": ("variant", "seconds", "held_bytes", "peak_bytes", "how"),

@@ -64,10 +64,11 @@ def main() -> int:
 
 def tune(asked: argparse.Namespace) -> int:
     """Sweep, then the crossovers; the table is written after every row."""
-    from llmq.kernels import tuning, wna16
-    from llmq.kernels.record import about, measured_device, slug
-    from llmq.kernels.tables import parse_shapes, show_sweep
-    from llmq.kernels.timing import SELF_TEST, Budget, Effort
+    from llmq.bench.kernels import tuning
+    from llmq.bench.kernels.tables import parse_shapes, show_sweep
+    from llmq.bench.kernels.timing import SELF_TEST, Budget, Effort
+    from llmq.bench.record import about, measured_device, slug
+    from llmq.kernels import wna16
 
     budget, sweeping = Budget(asked.seconds), Budget(SWEEPING * asked.seconds)
     device = measured_device(asked.self_test)
@@ -103,8 +104,8 @@ def tune(asked: argparse.Namespace) -> int:
 
 def compile_ahead(asked: argparse.Namespace, device: object, listed: list[object], budget: object) -> None:
     """Fill Triton's cache from several processes, within a part of the time."""
-    from llmq.kernels import tuning
-    from llmq.kernels.checking import spread
+    from llmq.bench.kernels import tuning
+    from llmq.bench.kernels.checking import spread
 
     if asked.jobs < 2:
         return

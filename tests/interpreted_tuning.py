@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmq.bench.kernels import benchmark, timing, tuning
+from llmq.bench.kernels.timing import Budget, Effort
 from llmq.errors import LlmqError
-from llmq.kernels import bench, timing, tuning, wna16
+from llmq.kernels import wna16
 from llmq.kernels.launch import Device, Launch, configure, nearest, table_of
-from llmq.kernels.timing import Budget, Effort
 
 CPU = torch.device("cpu")
 TASK = tuning.Task("float16", 128, 8, 128, 256)
@@ -56,9 +57,11 @@ def test_the_fastest_right_launch_is_a_row_that_the_launch_reads(tmp_path: Path)
     tuning.sweep([TASK], CPU, Budget(0), 1, EFFORT, again)
     assert again.rows == found.rows
     assert again.skipped == [], "what the table has is not measured again"
-    plan = bench.Plan(CPU, torch.float16, 128, True, (bench.Shape(256, 128),), (1,), effort=EFFORT, tables=tmp_path)
-    measured = bench.Findings()
-    bench.bench(plan, timing.Ceilings(1e9, 1e9), measured, lambda line: None)
+    plan = benchmark.Plan(
+        CPU, torch.float16, 128, True, (benchmark.Shape(256, 128),), (1,), effort=EFFORT, tables=tmp_path
+    )
+    measured = benchmark.Findings()
+    benchmark.bench(plan, timing.Ceilings(1e9, 1e9), measured, lambda line: None)
     (told,) = [row["launch"] for row in measured.rows if row["what"] == "triton"]
     assert told == f"{launch} (measured)"
     assert json.dumps(measured.rows)

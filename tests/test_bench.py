@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmq.bench.kernels import benchmark, checking, rivals, tables, timing, truth
+from llmq.bench.kernels.benchmark import Findings, Plan, Shape
+from llmq.bench.kernels.timing import SELF_TEST, Ceilings
 from llmq.errors import LlmqError
-from llmq.kernels import bench, checking, reference, rivals, slab, tables, timing, truth
-from llmq.kernels.bench import Findings, Plan, Shape
-from llmq.kernels.timing import SELF_TEST, Ceilings
+from llmq.kernels import reference, slab
 
 ROOT = Path(__file__).resolve().parent.parent
 F16, BF16 = torch.float16, torch.bfloat16
@@ -35,7 +36,7 @@ vectors = pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AV
 
 def measured(plan: Plan = PLAN) -> Findings:
     findings = Findings()
-    bench.bench(plan, LIMITS, findings, lambda line: None)
+    benchmark.bench(plan, LIMITS, findings, lambda line: None)
     return findings
 
 
@@ -114,7 +115,7 @@ def test_a_rival_that_is_wrong_or_raises_is_told(monkeypatch: pytest.MonkeyPatch
 def test_what_time_does_not_allow_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     found = measured(replace(PLAN, seconds=0.0))
     assert (found.rows, found.skipped) == ([], ["128x64", "256x96"])
-    monkeypatch.setattr(bench, "RIVAL_SHARE", 0.0)
+    monkeypatch.setattr(benchmark, "RIVAL_SHARE", 0.0)
     told = measured(PLAN).absent
     assert "dense at 256x96" not in told, "without it there are no ratios"
     if "torch int4" not in told:

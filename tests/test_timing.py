@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmq.kernels import counters, timing, tuning
+from llmq.bench.kernels import timing, tuning
+from llmq.bench.kernels.timing import Budget, Ceilings, Effort
+from llmq.kernels import counters
 from llmq.kernels.launch import Device, buckets, configure, rows_of, table_of
-from llmq.kernels.timing import Budget, Ceilings, Effort
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -1,1 +1,1 @@
-"""What `scripts/bench_model.py` measures: a model as it was beside itself packed, and what Python costs in between."""
+"""Measurements: a model as it was beside itself packed, and what Python costs in between; `kernels`: kernels alone."""

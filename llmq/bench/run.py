@@ -1,6 +1,6 @@
 """The whole measurement of a model: made or opened, held against the gate, then timed; as one dictionary of JSON values.
 
-    {"bench": "model", what `llmq.kernels.record.about` tells, "threads", "source", "dtype", "sizes", "memory",
+    {"bench": "model", what `llmq.bench.record.about` tells, "threads", "source", "dtype", "sizes", "memory",
      "models":   [{"variant", "seconds", "how", "held_bytes", "peak_bytes"}],
      "gate":     [{"model", "linears_worst", "logits_apart", "tokens_compared", ...}],
      "rows":     [{"what", "how", "note", "variant", "batch", "tokens", "tokens_per_second", "ms_per_forward", ...}],
@@ -26,11 +26,11 @@ import torch
 from llmq.api import pick_device
 from llmq.bench.gate import check, drawn_prompts
 from llmq.bench.overhead import launch_overhead, measure_overhead
+from llmq.bench.record import about
 from llmq.bench.speed import Sizes, measure
 from llmq.bench.variants import Variant, held_bytes, of_checkpoint, of_shape
 from llmq.config import QuantConfig
 from llmq.errors import LlmqError
-from llmq.kernels.record import about
 from llmq.report import peak_rss_bytes
 
 DENSE_ROWS = 320  # of the gate's linears: beyond what few-rows kernels take

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from llmq.bench.kernels.timing import cache_bytes
 from llmq.errors import LlmqError
 from llmq.kernels import wna16
-from llmq.kernels.timing import cache_bytes
 
 PACKAGES = ("torch", "triton", "gemlite")
 

@@ -1,6 +1,6 @@
 """What our kernels are measured beside: a dense weight (cuBLAS), torch's own int4 kernel, gemlite.
 
-Each takes the same stored weight, so that all compute the same function and pass the same gate (`llmq.kernels.truth`), with
+Each takes the same stored weight, so that all compute the same function and pass the same gate (`llmq.bench.kernels.truth`), with
 a tolerance for arithmetic of their own. A rival that is not installed or refuses a problem says why; nobody is left out
 silently. Adding one is an entry in `RIVALS`.
 
@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq.bench.kernels.truth import pieces
 from llmq.core.packing import unpack
 from llmq.kernels import slab
 from llmq.kernels.problem import Packed, Problem
-from llmq.kernels.truth import pieces
 
 
 @dataclass(frozen=True)

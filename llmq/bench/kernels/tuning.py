@@ -27,13 +27,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq.bench.kernels.timing import QUICK, Budget, Effort, copies_of, measure
+from llmq.bench.kernels.truth import Truth, draw, draw_input, judge, truth
+from llmq.bench.record import write
 from llmq.kernels import slab, wna16
 from llmq.kernels.launch import Device, Launch, Row, buckets, configure, form_of, rows_of
 from llmq.kernels.layout import Tiled
 from llmq.kernels.problem import Packed
-from llmq.kernels.record import write
-from llmq.kernels.timing import QUICK, Budget, Effort, copies_of, measure
-from llmq.kernels.truth import Truth, draw, draw_input, judge, truth
 
 SIZES = ((4096, 4096), (4096, 14336), (8192, 8192), (8192, 28672), (14336, 4096))  # K, N
 SPLITS = (1, 2, 4, 8, 16)

@@ -24,13 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.kernels import reference, rivals, slab, wna16
+from llmq.bench.kernels import rivals
+from llmq.bench.kernels.timing import Budget, Ceilings, Effort, Timing, copies_of, measure
+from llmq.bench.kernels.truth import RIVAL_TOLERANCE, Truth, draw, draw_input, judge, truth
+from llmq.kernels import reference, slab, wna16
 from llmq.kernels.launch import Launch, configure, table_of, told
 from llmq.kernels.layout import Tiled
 from llmq.kernels.problem import Packed, Problem
 from llmq.kernels.registry import KERNELS, choose
-from llmq.kernels.timing import Budget, Ceilings, Effort, Timing, copies_of, measure
-from llmq.kernels.truth import RIVAL_TOLERANCE, Truth, draw, draw_input, judge, truth
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
 LEAST_SLAB_ROWS = 64

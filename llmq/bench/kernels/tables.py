@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from llmq.bench.kernels.benchmark import Shape
 from llmq.errors import LlmqError
-from llmq.kernels.bench import Shape
 
 WIDTH = 170  # of a pipe, which is not a terminal of 80 columns
 

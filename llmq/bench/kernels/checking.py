@@ -22,12 +22,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from llmq.bench.kernels.benchmark import problem_of
+from llmq.bench.kernels.timing import SELF_TEST, Budget, measure
+from llmq.bench.kernels.truth import Truth, draw, draw_input, judge, truth
 from llmq.kernels import reference
-from llmq.kernels.bench import problem_of
 from llmq.kernels.problem import Kernel
 from llmq.kernels.registry import KERNELS
-from llmq.kernels.timing import SELF_TEST, Budget, measure
-from llmq.kernels.truth import Truth, draw, draw_input, judge, truth
 
 GROUPS = (32, 64, 128, 256, 0)
 DTYPES = ("float16", "bfloat16")

@@ -62,9 +62,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """products: how many were judged. error: the largest of their errors (`truth.Verdict`). wrong: what failed, in words."""
+    """case, dtype, bits: of the weight. products: how many were judged. error: the largest of theirs (`truth.Verdict`).
+    wrong: what failed, in words.
+    """
 
     case: str
+    dtype: str
+    bits: int
     kernels: tuple[str, ...]
     products: int
     error: float
@@ -114,7 +118,7 @@ def check(case: Case, device: str, seed: int) -> Outcome:
                     wrong += [f"{kernel.NAME} M={rows} {why}" for why in found]
         except Exception as error:
             wrong.append(f"{kernel.NAME}: {type(error).__name__}: {str(error)[:300]}")
-    return Outcome(str(case), tuple(names), len(case.rows) * len(names), worst, tuple(wrong))
+    return Outcome(str(case), case.dtype, case.bits, tuple(names), len(case.rows) * len(names), worst, tuple(wrong))
 
 
 def _once(

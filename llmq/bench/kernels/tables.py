@@ -64,9 +64,10 @@ def show_check(record: dict[str, Any], seconds: float) -> None:
     table = Table(title=f"correctness against float64 | {record['device']} | seed {record['seed']}")
     for name in ("cases of", "kernels", "cases", "products", "largest error", "wrong"):
         table.add_column(name)
-    keys = dict.fromkeys((o["case"].split()[-1], o["case"].split()[1], tuple(o["kernels"])) for o in outcomes)
-    for dtype, bits, kernels in keys:
-        found = [o for o in outcomes if o["case"].split()[1::4] == [bits, dtype] and tuple(o["kernels"]) == kernels]
+    kinds = [(outcome["dtype"], outcome["bits"], tuple(outcome["kernels"])) for outcome in outcomes]
+    for kind in dict.fromkeys(kinds):
+        dtype, bits, kernels = kind
+        found = [outcome for outcome, its in zip(outcomes, kinds, strict=True) if its == kind]
         worst, wrong = max(o["error"] for o in found), sum(len(o["wrong"]) for o in found)
         products = sum(o["products"] for o in found)
         values = (len(found), products, f"{worst:.2g}", wrong)

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmq.config import SELF
+from llmq.names import gathered_names, some
 
 if TYPE_CHECKING:
     from llmq.blockwork import LinearReport
@@ -148,7 +149,7 @@ def _gathered(lines: Sequence[str]) -> list[str]:
     for line in lines:
         name, _, what = line.partition(": ")
         owners.setdefault(what, []).append(name)
-    return [f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {what}" for what, names in owners.items()]
+    return [f"{some(gathered_names(names))}: {what}" for what, names in owners.items()]
 
 
 def _shortened(lines: Sequence[str], most: int = 6) -> list[str]:

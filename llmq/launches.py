@@ -17,6 +17,7 @@ from llmq.errors import LlmqError
 from llmq.joined import Joined, joined_linears, make_ready, model_dtype
 from llmq.kernels.registry import Choice
 from llmq.linear import QuantLinear
+from llmq.names import gathered_names
 
 MANY_ROWS = 512
 
@@ -25,8 +26,8 @@ MANY_ROWS = 512
 class Explanation:
     """One row of `explain`: a linear, its grid in words, the kernels for few rows of input and for many, and why not others.
 
-    rows: how many are few. launch: the configuration for them, None where the kernel has none. joined: the other linears
-    that these rows are run with as one. reasons: "1 row: KERNEL WHY", or "KERNEL WHY" where it is not used in both cases.
+    rows: how many are few. launch: the configuration for them, None where the kernel has none. joined: the linears that
+    are run as one for them, this one among them. reasons: "1 row: KERNEL WHY", or "KERNEL WHY" where it is used in neither case.
     """
 
     name: str
@@ -39,34 +40,54 @@ class Explanation:
     joined: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        return f"{self.name}: {self.told}"
+
+    @property
+    def told(self) -> str:
+        """All but the name, in words."""
         why = f" ({'; '.join(self.reasons)})" if self.reasons else ""
         few = self.few_rows + (f" {self.launch}" if self.launch else "")
-        few += f", as one with {', '.join(self.joined)}" if self.joined else ""
-        return f"{self.name}: {self.grid}; {_counted(self.rows)}: {few}; {MANY_ROWS} rows: {self.many_rows}{why}"
+        few += f" for {', '.join(self.joined)} as one" if self.joined else ""
+        return f"{self.grid}; {_counted(self.rows)}: {few}; {MANY_ROWS} rows: {self.many_rows}{why}"
 
 
-def explain(model: nn.Module, dtype: torch.dtype | None = None, rows: int = 1) -> list[Explanation]:
+class Explanations(list[Explanation]):
+    """One row per linear, in the model's order; printed, linears of which the same is told are told together."""
+
+    def __str__(self) -> str:
+        alike: dict[str, list[str]] = {}
+        for row in self:
+            alike.setdefault(row.told, []).append(row.name)
+        return "\n".join(
+            "\n    ".join((f"{len(names)} linear{'s' * (len(names) > 1)}: {told}", *gathered_names(names)))
+            for told, names in alike.items()
+        )
+
+
+def explain(model: nn.Module, dtype: torch.dtype | None = None, rows: int = 1) -> Explanations:
     """Which kernel runs each quantized linear of `model`, and why not the others.
+
+    Each row's fields are an `Explanation`'s; `print(explain(model))` tells linears together that differ in name only.
 
     dtype: of activations (default: the model's). rows: of the input, the few; `LlmqError` below 1.
     """
     _check(rows)
     kind = dtype or model_dtype(model)
-    return [
+    return Explanations(
         _explained(name, module, kind, rows)
         for name, module in model.named_modules()
         if isinstance(module, QuantLinear)
-    ]
+    )
 
 
 def _explained(name: str, module: QuantLinear, dtype: torch.dtype, rows: int) -> Explanation:
     few, many, run = module.choice(dtype, rows), module.choice(dtype, MANY_ROWS), module
-    others: tuple[str, ...] = ()
+    joined: tuple[str, ...] = ()
     if isinstance(module.together, Joined):
         whole = module.together.whole.choice(dtype, rows)
         if whole.kernel.JOINS:
             few, run = whole, module.together.whole
-            others = tuple(other.rpartition(".")[2] for other in module.together.names if other != name)
+            joined = tuple(member.rpartition(".")[2] for member in module.together.names)
     size = "channel" if module.grid.group_size is None else f"g{module.grid.group_size}"
     return Explanation(
         name,
@@ -76,7 +97,7 @@ def _explained(name: str, module: QuantLinear, dtype: torch.dtype, rows: int) ->
         _reasons(few, many, rows),
         rows,
         few.kernel.launch_of(run.problem(dtype), rows, run.device),
-        others,
+        joined,
     )
 
 

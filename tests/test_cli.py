@@ -205,4 +205,5 @@ def test_like_notes_of_a_dry_run_are_one_line(source: Path, tmp_path: Path) -> N
     done = run("quantize", source / "model", "-o", tmp_path / "out", "--group-size", 128, "--dry-run")
     notes = [line for line in done.stdout.splitlines() if line.startswith("note:") and "does not divide" in line]
     assert notes, done.stdout
-    assert all(" more: " in note for note in notes)
+    assert all(".layers.{0-" in note for note in notes)
+    assert len({note.partition(": groups of")[2] for note in notes}) == len(notes)

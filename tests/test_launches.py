@@ -20,8 +20,8 @@ def test_rows_and_joined_linears_are_told(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "a")
     plain, fused = llmq.load(folder), llmq.load(folder, fuse=True)
     first = llmq.explain(fused)[0]
-    assert (first.few_rows, first.launch, first.joined) == ("cpu_int4", None, ("k_proj", "v_proj"))
-    assert "; 1 row: cpu_int4, as one with k_proj, v_proj; 512 rows: slab" in str(first)
+    assert (first.few_rows, first.launch, first.joined) == ("cpu_int4", None, ("q_proj", "k_proj", "v_proj"))
+    assert "; 1 row: cpu_int4 for q_proj, k_proj, v_proj as one; 512 rows: slab" in str(first)
     assert llmq.explain(fused)[3].joined == ()
     assert all(row.joined == () for row in llmq.explain(plain))
     many = llmq.explain(fused, rows=64)[0]
@@ -29,6 +29,15 @@ def test_rows_and_joined_linears_are_told(tmp_path: Path) -> None:
     assert "(cpu_int4 is for up to 48 rows" in str(many)
     with pytest.raises(llmq.LlmqError, match="rows must be at least 1; got 0"):
         llmq.explain(plain, rows=0)
+
+
+def test_printed_linears_alike_are_told_together(tmp_path: Path) -> None:
+    rows = llmq.explain(llmq.load(checkpoint(tmp_path / "a"), fuse=True))
+    assert rows[1].told == rows[0].told
+    lines = str(rows).splitlines()
+    layers = len({row.name.split(".")[2] for row in rows})
+    assert lines[0] == f"{3 * layers} linears: {rows[0].told}"
+    assert lines[1] == f"    model.layers.{{0-{layers - 1}}}.self_attn.{{q_proj, k_proj, v_proj}}"
 
 
 def test_a_launch_says_where_it_is_from(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmq.errors import LlmqError
+from llmq.names import some
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -136,10 +137,10 @@ def _nothing_to_read(folder: Path) -> str:
     shards = [name for name in names if name.endswith(".safetensors")]
     start = f"{folder} has neither {SINGLE} nor {INDEX}"
     if shards:
-        return f"{start}: it has {_some(shards)}, but no index that says which tensor lies where; download it too"
+        return f"{start}: it has {some(shards)}, but no index that says which tensor lies where; download it too"
     if pickles:
         why = "pickles are not read, since opening one runs the code in it; convert to safetensors"
-        return f"{start}: it has {_some(pickles)}; {why}"
+        return f"{start}: it has {some(pickles)}; {why}"
     return f"{start}: give a folder that holds a model in safetensors"
 
 
@@ -215,16 +216,10 @@ def _agree(file_name: str, listed: set[str], held: set[str], weight_map: Mapping
     """Raise unless the index and the shard name the same tensors."""
     absent = sorted(listed - held)
     if absent:
-        raise LlmqError(f"the index says that {file_name} holds {_some(absent)}, and it does not")
+        raise LlmqError(f"the index says that {file_name} holds {some(absent)}, and it does not")
     extra = sorted(held - listed)
     twice = [name for name in extra if name in weight_map]
     if twice:
-        raise LlmqError(f"{_some(twice)} lies in {file_name} and also in {weight_map[twice[0]]}")
+        raise LlmqError(f"{some(twice)} lies in {file_name} and also in {weight_map[twice[0]]}")
     if extra:
-        raise LlmqError(f"{file_name} holds {_some(extra)}, which the index does not list")
-
-
-def _some(names: list[str]) -> str:
-    """The first three of `names`, and how many more there are."""
-    rest = len(names) - 3
-    return ", ".join(names[:3]) + (f" and {rest} more" if rest > 0 else "")
+        raise LlmqError(f"{file_name} holds {some(extra)}, which the index does not list")

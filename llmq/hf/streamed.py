@@ -33,6 +33,7 @@ from llmq.errors import LlmqError
 from llmq.hf.parts import Source, quiet
 from llmq.hf.sidefiles import SideFiles
 from llmq.hf.skeleton import build_skeleton, compute_buffers
+from llmq.names import some
 
 
 @dataclass(frozen=True)
@@ -162,9 +163,8 @@ class StreamedSource(Source):
             key=dot_natural_key,
         )
         if absent:
-            rest = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
             raise LlmqError(
-                f"{self._checkpoint.folder} lacks {absent[0]}{rest}, which {type(self.model).__name__} needs; "
+                f"{self._checkpoint.folder} lacks {some(absent)}, which {type(self.model).__name__} needs; "
                 "give a whole causal language model"
             )
 

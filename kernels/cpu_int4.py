@@ -11,6 +11,8 @@ The op computes y = x @ ((q - 8) * scale + zero)^T for codes q of 4 bits, with a
                   much as a dense bfloat16 weight, but not at random. What was rounded off is itself a bfloat16 number
                   exactly, and is added as (sums of x over groups) @ rest.
 
+The gradient of x goes through the stored weight, slab by slab (`llmq.kernels.slab`).
+
 Runtime layout: the op's own of the codes (uint8 [P N, K / 2]; P = 2 at 8 bits, else 1), pairs of scale and zero
 [G, P N, 2], and the rest [G, N] where there is one. It stands beside the stored tensors, not in their place: a
 checkpoint is loaded as a mapped file, whose pages the system takes back when it needs memory.
@@ -34,6 +36,7 @@ vector code and takes 20 to 40 times as long: refused.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,13 +53,14 @@ MOST_ROWS = 48
 
 @dataclass(frozen=True)
 class Runtime:
-    """The op's weight [P N, K / 2], scales and zeros [G, P N, 2], the zeros' rest [G, N] or None; N."""
+    """The op's weight [P N, K / 2], scales and zeros [G, P N, 2], the zeros' rest [G, N] or None; N; what it was made of."""
 
     weight: Tensor
     pairs: Tensor
     rest: Tensor | None
     group_size: int
     rows: int
+    stored: tuple[Packed, ...]
 
 
 def refusal(problem: Problem) -> str | None:
@@ -67,8 +71,6 @@ def refusal(problem: Problem) -> str | None:
         return f"runs on the CPU; the weight is on {problem.device}"
     if vector_code() not in ("AVX2", "AVX512"):
         return f"has vector code for AVX2 and AVX512 only; torch runs {vector_code()} on this CPU"
-    if problem.gradient:
-        return "has no backward, and the input needs a gradient"
     for what, dtype in (("input", problem.dtype), ("scales", problem.scale_dtype)):
         if dtype != torch.bfloat16:
             return f"is fast and exact for bfloat16 only; {what}: {str(dtype).removeprefix('torch.')}"
@@ -116,11 +118,21 @@ def prepare(packed: Packed) -> Runtime:
         rest = (zero - rounded.float())[: packed.rows].T.bfloat16().contiguous()  # [G, N]
     pairs = torch.stack((scale.bfloat16(), rounded), -1).transpose(0, 1)  # [G, P N, 2]
     pairs = pairs.repeat_interleave(packed.group_size // size, 0).contiguous()
-    return Runtime(weight, pairs, rest, size, packed.rows)
+    return Runtime(weight, pairs, rest, size, packed.rows, packed.parts or (packed,))
 
 
 def run(x: Tensor, runtime: Runtime, bias: Tensor | None = None) -> Tensor:
     """x [M, K] -> y [M, N], both bfloat16."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        y = _multiply(x, runtime)
+    elif torch.compiler.is_compiling():
+        y = torch.cat([slab.run(x, part) for part in runtime.stored], 1)
+    else:
+        y = _Differentiable.apply(x, runtime)  # type: ignore[no-untyped-call]
+    return y if bias is None else y + bias
+
+
+def _multiply(x: Tensor, runtime: Runtime) -> Tensor:
     x = x.contiguous()
     y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, runtime.weight, runtime.group_size, runtime.pairs)
     if y.shape[1] != runtime.rows:
@@ -129,4 +141,18 @@ def run(x: Tensor, runtime: Runtime, bias: Tensor | None = None) -> Tensor:
         groups = runtime.rest.shape[0]
         sums = x.view(x.shape[0], groups, x.shape[1] // groups).sum(-1)  # [M, G]
         y = torch.addmm(y, sums, runtime.rest)
-    return y if bias is None else y + bias
+    return y
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, runtime: Runtime) -> Tensor:
+        return _multiply(x, runtime)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Runtime], output: Tensor) -> None:
+        ctx.stored = inputs[1].stored
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return slab.gradient(grad, ctx.stored), None

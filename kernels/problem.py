@@ -18,7 +18,7 @@ class Problem:
     """A packed matmul y [M, N] = x [M, K] @ W^T, without data. M is not part of it: see `Kernel.most_rows`.
 
     rows, columns: N and K. group_size: columns per scale (K per channel). scale_dtype: of the stored scales.
-    dtype: of x and y. device: its type (`cpu`, `cuda`, ...). gradient: whether x needs one.
+    dtype: of x and y. device: its type (`cpu`, `cuda`, ...).
     streamed: whether the weight is brought in for each call (offloading), so that nothing made of it may be kept.
     """
 
@@ -30,7 +30,6 @@ class Problem:
     scale_dtype: torch.dtype
     dtype: torch.dtype
     device: str
-    gradient: bool = False
     streamed: bool = False
 
 
@@ -40,6 +39,7 @@ class Packed:
 
     weight: int32 [N, ceil(K * bits / 32)], codes along K, low bits first. scale: [N, K / group_size].
     zero: int32 [ceil(N * bits / 32), K / group_size], codes along N; None when symmetric, where it is 2**(bits - 1).
+    parts: the weights as they are stored whose rows these are, where they were put together for this (`llmq.joined`).
     """
 
     rows: int
@@ -49,6 +49,7 @@ class Packed:
     weight: Tensor
     scale: Tensor
     zero: Tensor | None
+    parts: tuple[Packed, ...] = ()
 
     @property
     def middle(self) -> int:
@@ -76,4 +77,4 @@ class Kernel(Protocol):
         """The runtime layout: what `run` needs. Made once for a weight; exact."""
 
     def run(self, x: Tensor, runtime: Any, bias: Tensor | None = None) -> Tensor:
-        """x [M, K], M >= 0; bias [N] in x's dtype -> y [M, N] in x's dtype."""
+        """x [M, K], M >= 0; bias [N] in x's dtype -> y [M, N] in x's dtype. Differentiable in x and bias."""

@@ -18,7 +18,9 @@ copying a slab's result into y, cost the matmul more than they save.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -62,8 +64,7 @@ def run(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
 
 def _product(x: Tensor, packed: Packed) -> Tensor:
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
-        sizes = (packed.rows, packed.columns, packed.bits, packed.group_size)
-        y: Tensor = torch.ops.llmq.slab_linear(x, packed.weight, packed.scale, packed.zero, *sizes)
+        y: Tensor = torch.ops.llmq.slab_linear(x, packed.weight, packed.scale, packed.zero, *_sizes(packed))
         return y
     return _multiply(x, packed)
 
@@ -112,6 +113,20 @@ def multiply_back(grad: Tensor, packed: Packed) -> Tensor:
     return total.to(grad.dtype)
 
 
+def gradient(grad: Tensor, parts: Sequence[Packed]) -> Tensor:
+    """grad [M, N] -> the gradient of x [M, K], where the rows of W are those of `parts`. Differentiable."""
+    pieces, found = grad.split_with_sizes([part.rows for part in parts], 1), []
+    for piece, packed in zip(pieces, parts, strict=True):
+        stored = (packed.weight, packed.scale, packed.zero)
+        found.append(torch.ops.llmq.slab_linear_back(piece.contiguous(), *stored, *_sizes(packed)))
+    total: Tensor = reduce(add, reversed(found))  # the last first, as autograd adds what linears run one by one give
+    return total
+
+
+def _sizes(packed: Packed) -> tuple[int, int, int, int]:
+    return packed.rows, packed.columns, packed.bits, packed.group_size
+
+
 _ARGUMENTS = "Tensor weight, Tensor scale, Tensor? zero, int rows, int columns, int bits, int group_size"
 
 
@@ -151,4 +166,10 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (wanted, *(None,) * 7)
 
 
+def _gradients_back(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = torch.ops.llmq.slab_linear(grad.contiguous(), *ctx.saved_tensors, *ctx.sizes)
+    return (wanted, *(None,) * 7)
+
+
 _forward.register_autograd(_gradients, setup_context=_remember)
+_backward.register_autograd(_gradients_back, setup_context=_remember)

@@ -257,4 +257,10 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (x, None, None, None, bias, None, None, None, None)
 
 
+def _gradients_back(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x = torch.ops.llmq.wna16_linear(grad.contiguous(), *ctx.saved_tensors, None, *ctx.sizes)
+    return (x, *(None,) * 8)
+
+
 _forward.register_autograd(_gradients, setup_context=_remember)
+_backward.register_autograd(_gradients_back, setup_context=_remember)

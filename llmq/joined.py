@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from llmq.core.packing import pack, unpack
 from llmq.errors import LlmqError
 from llmq.kernels.problem import Packed, Problem
-from llmq.linear import QuantLinear, answering
+from llmq.linear import QuantLinear, answering, under_autocast
 
 TOKENS = 2
 
@@ -88,16 +88,17 @@ class Whole(QuantLinear):
 
     def run_joined(self, x: Tensor) -> Tensor | None:
         """y [.., N of all]; None where the kernel for x joins nothing."""
+        x = under_autocast(x)
         rows = x.numel() // self.in_features
-        kernel = self._kernel(x.dtype, rows, torch.is_grad_enabled() and x.requires_grad)
+        kernel = self._kernel(x.dtype, rows, x.device)
         return self._run(x) if kernel.JOINS else None
 
-    def problem(self, dtype: torch.dtype, gradient: bool = False) -> Problem:
-        return replace(super().problem(dtype, gradient), scale_dtype=self.members[0].weight_scale.dtype)
+    def problem(self, dtype: torch.dtype) -> Problem:
+        return replace(super().problem(dtype), scale_dtype=self.members[0].weight_scale.dtype)
 
     def ready(self, dtype: torch.dtype, rows: int = 1) -> None:
         """As of each linear; where the kernel joins nothing, theirs."""
-        kernel = self._kernel(dtype, rows, gradient=False)
+        kernel = self._kernel(dtype, rows, self.device)
         if kernel.JOINS:
             self._layout(kernel)
             self._bias(dtype)
@@ -114,6 +115,7 @@ class Whole(QuantLinear):
             weight=torch.cat([part.weight for part in parts]),
             scale=torch.cat([part.scale for part in parts]),
             zero=_zeros(zeros, [part.rows for part in parts], self.grid.bits) if zeros else None,
+            parts=tuple(parts),
         )
 
     def _stored(self) -> tuple[Tensor | None, ...]:

@@ -42,7 +42,8 @@ class Together(Protocol):
 
 
 class QuantLinear(nn.Module):
-    """y = x @ dequantized(weight)^T + bias. x: [..., in_features], floating; y: [..., out_features] in x's dtype.
+    """y = x @ dequantized(weight)^T + bias. x: [..., in_features], floating; y: [..., out_features] in x's dtype, or
+    autocast's.
 
     grid: bits, group size, symmetry. dtype: of the scales. bias: its dtype, None for no bias. kernel: force one of
     `llmq.kernels.registry` by name; `LlmqError` with all reasons at the first forward that it cannot run.
@@ -101,8 +102,9 @@ class QuantLinear(nn.Module):
         return self._run(x)
 
     def _run(self, x: Tensor) -> Tensor:
+        x = under_autocast(x)
         flat = x if x.ndim == 2 else x.reshape(-1, self.in_features)  # [M, K]
-        kernel = self._kernel(x.dtype, flat.shape[0], x.requires_grad and torch.is_grad_enabled())
+        kernel = self._kernel(x.dtype, flat.shape[0], x.device)
         y = kernel.run(flat, self._layout(kernel), self._bias(x.dtype))
         return y if x.ndim == 2 else y.view(*x.shape[:-1], self.out_features)
 
@@ -110,7 +112,7 @@ class QuantLinear(nn.Module):
         """Make now the layout that a forward of this linear alone with `rows` rows of x in `dtype` needs, so that a compiled
         one finds it.
         """
-        self._layout(self._kernel(dtype, rows, gradient=False))
+        self._layout(self._kernel(dtype, rows, self.device))
 
     @property
     def device(self) -> torch.device:
@@ -118,7 +120,7 @@ class QuantLinear(nn.Module):
         device: torch.device = self._stored()[0].device  # type: ignore[union-attr]
         return device
 
-    def problem(self, dtype: torch.dtype, gradient: bool = False) -> Problem:
+    def problem(self, dtype: torch.dtype) -> Problem:
         """What a kernel is asked to do for x of `dtype`."""
         return Problem(
             rows=self.out_features,
@@ -129,7 +131,6 @@ class QuantLinear(nn.Module):
             scale_dtype=self.weight_scale.dtype,
             dtype=dtype,
             device=self.device.type,
-            gradient=gradient,
             streamed=self.streamed,
         )
 
@@ -146,11 +147,16 @@ class QuantLinear(nn.Module):
         """The dense weight [N, K], in the scales' dtype where none is given."""
         return self.quantized_weight().dequantize(dtype)
 
-    def _kernel(self, dtype: torch.dtype, rows: int, gradient: bool) -> Kernel:
-        key = (dtype, gradient, self.device, self.streamed)
+    def _kernel(self, dtype: torch.dtype, rows: int, device: torch.device) -> Kernel:
+        """For x of `dtype` on `device`."""
+        key = (dtype, device, self.streamed)
         ladder = self._ladders.get(key)
         if ladder is None:
-            ladder = self._ladders[key] = steps(self.problem(dtype, gradient), self.kernel)
+            if not dtype.is_floating_point:
+                raise LlmqError(f"the input must be floating; got {dtype}")
+            if device != self.device:
+                raise LlmqError(f"the input must be where the weight is, on {self.device}; it is on {device}")
+            ladder = self._ladders[key] = steps(self.problem(dtype), self.kernel)
         for step in ladder:
             if step.most_rows is None:
                 return step.kernel
@@ -227,6 +233,18 @@ class QuantLinear(nn.Module):
         return (
             f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, int{self.grid.bits} {kind}, {size}"
         )
+
+
+def under_autocast(x: Tensor) -> Tensor:
+    """x as a linear of torch takes it: in autocast's dtype inside of it, but for float64."""
+    if (
+        x.is_meta
+        or not torch.is_autocast_enabled(x.device.type)
+        or not x.is_floating_point()
+        or x.dtype == torch.float64
+    ):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

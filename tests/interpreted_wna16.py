@@ -190,6 +190,11 @@ def test_gradients_reach_the_input_and_the_operator_is_one(bits: int) -> None:
     want = torch.ones(3, 70, dtype=torch.float64) @ reference.dequantize(packed, torch.float64)
     assert x.grad is not None
     torch.testing.assert_close(x.grad.double(), want, rtol=1e-2, atol=5e-2)  # of sums of 70 rounded weights
+    (first,) = torch.autograd.grad(wna16.run(x, tiled).float().pow(2).sum() / 64, x, create_graph=True)
+    (second,) = torch.autograd.grad(first.float().sum(), x)
+    dense = reference.dequantize(packed, torch.float64)
+    want = (dense.sum(1) @ dense / 32).expand(3, -1)
+    assert (second.double() - want).norm() < 2e-2 * want.norm()
     arguments = (tiled.words, tiled.scales, tiled.zeros, None, 70, 160, bits, 32)
     torch.use_deterministic_algorithms(False)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")

@@ -231,7 +231,6 @@ PROBLEM = Problem(32, 192, 4, 64, True, BF16, BF16, "cpu")
         ({"dtype": F32}, "bfloat16 only; input: float32"),
         ({"dtype": F16}, "bfloat16 only; input: float16"),
         ({"scale_dtype": F16}, "bfloat16 only; scales: float16"),
-        ({"gradient": True}, "has no backward"),
         ({"streamed": True}, "the weight is offloaded"),
     ],
 )

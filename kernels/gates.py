@@ -2,7 +2,8 @@
 
 The cases are those that the rules of `llmq.kernels.launch` choose: every bucket and width at groups of 128, both dtypes,
 symmetric and not; other groups, and 8 bits, at the smallest and the largest common block, where registers are fewest and most.
-Split K is compiled in, bias too. And the dequantize kernel at every width.
+K is split into four, which has more code than more parts or none; that common blocks do without is compiled, too. Bias is in.
+And what the measured tables in `tuned/` launch, with zero points and without; and the dequantize kernel at every width.
 
 Two kinds of gates. Rules, the same for every version of Triton: nothing in local memory, shared memory within the
 architecture's, its best tensor-core instruction, no integer converted to a float, no narrow load of weights or x, no store
@@ -19,7 +20,7 @@ from functools import cache
 from pathlib import Path
 
 from llmq.kernels.ahead import Case, Report, Unpacking
-from llmq.kernels.launch import Launch, buckets, form_of, stages_of, warps_of
+from llmq.kernels.launch import TUNED, Launch, buckets, form_of, shipped, stages_of, warps_of
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
 # Bytes of shared memory that one block may have.
@@ -32,6 +33,7 @@ DESIGN = {"assembly": 3.0, "portable": 4.0}
 EXEMPT = {(32, 64): 3.1, (64, 64): 3.5, (128, 64): 4.15, (128, 128): 3.9}
 # Dequantizing writes 2 bytes for each weight: an H200 at its memory's limit has time for 19 instructions.
 UNPACKING = 19.0
+SHORT = {"float16": "fp16", "bfloat16": "bf16"}
 SLACK = 0.03
 LIMITS = Path(__file__).resolve().parent / "limits.json"
 
@@ -53,8 +55,20 @@ def cases(arch: str) -> Iterator[Case | Unpacking]:
                     yield case_of(arch, dtype, group, symmetric, bm, bn)
                 for group in (128, 32):
                     yield case_of(arch, dtype, group, symmetric, bm, bn, bits=8)
+    yield from (case_of(arch, "fp16", 128, True, bm, bn, split=1) for bm, bn in ((16, 64), (64, 128)))
     if arch == "sm_90":
         yield from (case_of(arch, "fp16", 128, True, 16, bn, "portable") for bn in (64, 128))
+    yield from tuned_cases(arch)
+
+
+def tuned_cases(arch: str, folder: Path = TUNED) -> list[Case]:
+    """What the tables of an architecture launch, each once."""
+    found = [
+        Case(arch, SHORT[row.dtype], row.group, symmetric, launch, row.bits)
+        for row, launch in shipped(arch, folder)
+        for symmetric in (True, False)
+    ]
+    return list(dict.fromkeys(found))
 
 
 def few_cases(arch: str) -> Iterator[Case | Unpacking]:
@@ -68,16 +82,25 @@ def few_cases(arch: str) -> Iterator[Case | Unpacking]:
     else:
         yield from (case_of(arch, "fp16", 128, True, 16, bn) for bn in (64, 128))
     yield from (case_of(arch, "bf16", 32, False, bm, bn) for bm, bn in ((16, 64), (sizes[-1], 128)))
+    yield case_of(arch, "fp16", 128, True, 16, 64, split=1)
     yield case_of(arch, "fp16", 128, True, 16, 64, bits=8)
     yield case_of(arch, "bf16", 128, False, sizes[-1], 128, bits=8)
 
 
 def case_of(
-    arch: str, dtype: str, group: int, symmetric: bool, bm: int, bn: int, form: str | None = None, bits: int = 4
+    arch: str,
+    dtype: str,
+    group: int,
+    symmetric: bool,
+    bm: int,
+    bn: int,
+    form: str | None = None,
+    bits: int = 4,
+    split: int = 4,
 ) -> Case:
-    """A case with the warps and stages of the rules, K split into four."""
+    """A case with the warps and stages of the rules."""
     form = form or form_of(arch, "float16" if dtype == "fp16" else "bfloat16")
-    launch = Launch(bm, bn, warps_of(arch, bm, bn), stages_of(arch, bits), 4, form)
+    launch = Launch(bm, bn, warps_of(arch, bm, bn), stages_of(arch, bits), split, form)
     return Case(arch, dtype, group, symmetric, launch, bits)
 
 

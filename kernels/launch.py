@@ -23,7 +23,7 @@ Left out: a form of unpacking other than by vendor.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import log2
@@ -107,7 +107,7 @@ def configure(
     size, tiles, form = bucket(device.arch, rows), -(-k // 128), form_of(device.arch, dtype)
     found = nearest(table, dtype, group, size, n, k, bits)
     if found is not None:
-        return Launch(size, found.bn, found.warps, found.stages, found.split, form)
+        return _launch_of(found, form)
     row_tiles, down = -(-n // 64), -(-rows // size)
     sparing = size >= 32 or device.arch == "sm_100" or row_tiles // 2 * down >= device.processors
     wide = sparing and row_tiles % 2 == 0
@@ -180,10 +180,25 @@ def stages_of(arch: str, bits: int) -> int:
 @cache
 def table_of(device: Device, folder: Path = TUNED) -> tuple[Row, ...]:
     """The measured rows for a device: of its own table, else of one with its architecture and number of processors; else ()."""
-    tables = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
-    fitting = [table for table in tables if (table["arch"], table["processors"]) == (device.arch, device.processors)]
+    fitting = [table for table in _tables(folder, device.arch) if table["processors"] == device.processors]
     fitting.sort(key=lambda table: table.get("device") != device.name)  # stable: its own first
     return rows_of(fitting[0]["rows"]) if fitting else ()
+
+
+def shipped(arch: str, folder: Path = TUNED) -> Iterator[tuple[Row, Launch]]:
+    """Every row of an architecture's tables, and what it launches."""
+    for table in _tables(folder, arch):
+        for row in rows_of(table["rows"]):
+            yield row, _launch_of(row, form_of(arch, row.dtype))
+
+
+def _tables(folder: Path, arch: str) -> list[dict[str, Any]]:
+    tables = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    return [table for table in tables if table["arch"] == arch]
+
+
+def _launch_of(row: Row, form: str) -> Launch:
+    return Launch(row.bucket, row.bn, row.warps, row.stages, row.split, form)
 
 
 def rows_of(listed: Sequence[dict[str, Any]]) -> tuple[Row, ...]:

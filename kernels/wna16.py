@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from functools import cache
 from typing import Any
 
@@ -44,7 +45,9 @@ def refusal(problem: Problem) -> str | None:
     if problem.device not in ("cuda", "cpu"):
         return f"runs on CUDA and ROCm devices; the weight is on {problem.device}"
     if problem.device == "cpu" and not interpreting():
-        return "runs on GPUs; the weight is on cpu, and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)"
+        return (
+            "runs on GPUs; the weight is on cpu, and Triton's interpreter is off (TRITON_INTERPRET=1 at the start: on)"
+        )
     if problem.device == "cuda" and torch.version.hip is None:
         oldest = _oldest()
         if oldest is None:
@@ -65,8 +68,10 @@ def _installed() -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def interpreting() -> bool:
-    """Whether triton interprets: it reads the variable when it is imported."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    """Whether triton interprets: it reads the variable when it is imported, and again for each kernel."""
+    loaded = sys.modules.get("triton.language.standard")
+    on = loaded is None or not isinstance(loaded.sum, sys.modules["triton"].JITFunction)
+    return on and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

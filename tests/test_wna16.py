@@ -70,6 +70,31 @@ def test_limits_fall_and_failures_are_named(tmp_path: Path, monkeypatch: pytest.
     gates._limits.cache_clear()
 
 
+def test_what_measured_tables_launch_is_compiled_too(tmp_path: Path) -> None:
+    assert gates.tuned_cases("sm_90", tmp_path) == []
+    rows = [Row("bfloat16", 128, 16, n, 4096, 64, 8, 5, 2) for n in (4096, 8192)]
+    stored = {"arch": "sm_90", "processors": 132, "device": "none", "rows": [vars(row) for row in rows]}
+    (tmp_path / "none.json").write_text(json.dumps(stored))
+    launch = Launch(16, 64, 8, 5, 2, "assembly")
+    assert gates.tuned_cases("sm_90", tmp_path) == [
+        ahead.Case("sm_90", "bf16", 128, symmetric, launch) for symmetric in (True, False)
+    ]
+    assert gates.tuned_cases("sm_80", tmp_path) == []
+
+
+@pytest.mark.skipif(absent, reason="triton is not installed")
+def test_an_interpreter_turned_on_too_late_is_off() -> None:
+    code = """
+import os
+from llmq.kernels import wna16
+import triton
+os.environ["TRITON_INTERPRET"] = "1"
+assert not wna16.interpreting()
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, check=True)
+
+
 def test_everything_else_works_without_triton() -> None:
     code = """
 import sys
@@ -86,7 +111,10 @@ assert "is not installed" in dict(choice.refused)["triton"], choice
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({}, "runs on GPUs; the weight is on cpu, and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)"),
+        (
+            {},
+            "runs on GPUs; the weight is on cpu, and Triton's interpreter is off (TRITON_INTERPRET=1 at the start: on)",
+        ),
         ({"device": "mps"}, "runs on CUDA and ROCm devices; the weight is on mps"),
         ({"device": "cuda", "streamed": True}, "the weight is offloaded"),
         ({"device": "cuda", "dtype": torch.float32}, "takes float16 and bfloat16; input: float32"),

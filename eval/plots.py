@@ -36,7 +36,10 @@ def plot_record(path: Path, folder: Path) -> list[Path]:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise LlmqError("plots need the package matplotlib, which is not installed: pip install 'llmq[plots]'")
-    record = json.loads(path.read_text())
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise LlmqError(f"{path} is not whole: {error}; give a file that scripts/bench_kernels.py wrote") from None
     if not (isinstance(record, dict) and record.get("rows") and "ceilings" in record and "dtype" in record):
         raise LlmqError(f"{path} has no rows of a benchmark: give a file that scripts/bench_kernels.py wrote")
     folder.mkdir(parents=True, exist_ok=True)

@@ -140,9 +140,11 @@ def pick_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        place = torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise LlmqError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    if place.is_meta:
+        raise LlmqError("--device meta: nothing is computed there; name a device that holds data")
     return device
 
 

@@ -71,8 +71,8 @@ def explain(model: nn.Module, dtype: torch.dtype | None = None, rows: int = 1) -
 
     dtype: of activations (default: the model's). rows: of the input, the few; `LlmqError` below 1.
     """
-    _check(rows)
     kind = dtype or model_dtype(model)
+    _check(rows, kind)
     return Explanations(
         _explained(name, module, kind, rows)
         for name, module in model.named_modules()
@@ -131,7 +131,7 @@ def warmup(model: nn.Module, rows: int | Sequence[int] = 1, dtype: torch.dtype |
     """
     kind, done = dtype or model_dtype(model), dict[tuple[object, ...], Warmed]()
     for count in [rows] if isinstance(rows, int) else rows:
-        _check(count)
+        _check(count, kind)
         make_ready(model, kind, count)
         for linear in _runs(model, kind, count):
             problem = linear.problem(kind)
@@ -164,9 +164,13 @@ def _once(linear: QuantLinear, rows: int, dtype: torch.dtype) -> float:
     return time.perf_counter() - began
 
 
-def _check(rows: int) -> None:
+def _check(rows: int, dtype: torch.dtype) -> None:
+    if not isinstance(rows, int):
+        raise LlmqError(f"rows must be whole numbers; got {rows!r}")
     if rows < 1:
         raise LlmqError(f"rows must be at least 1; got {rows}")
+    if not isinstance(dtype, torch.dtype):
+        raise LlmqError(f"dtype must be a torch.dtype; got {dtype!r}")
 
 
 def _counted(rows: int) -> str:

@@ -5,7 +5,8 @@
     python scripts/bench_kernels.py --check-only             # correctness alone: every kernel, group size and odd shape
     python scripts/bench_kernels.py --self-test              # the same code on tiny shapes on the CPU: no measurement
 
-A table for each shape and one JSON file in --output. Status 1 where one of our kernels is wrong, or a check was not reached.
+A table for each shape and one JSON file in --output. Status 1 where one of our kernels is wrong, a check was not reached,
+or nothing was measured.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+RESULTS = ROOT / "eval" / "results"
 ROWS = (1, 16, 70)
 SHAPES = ("256x128", "384x192")
 
@@ -55,12 +57,13 @@ def main() -> int:
     asked = arguments()
     if asked.self_test:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which is below
-    from llmq.bench.record import measured_device
+    from llmq.bench.record import measured_device, writable
     from llmq.errors import LlmqError
 
     asked.seed = secrets.randbelow(1 << 31) if asked.seed is None else asked.seed
     try:
         asked.device = measured_device(asked.self_test)
+        asked.output = writable(asked.output or (Path(tempfile.mkdtemp()) if asked.self_test else RESULTS))
         return check(asked) if asked.check_only else ceilings(asked) if asked.ceilings_only else bench(asked)
     except LlmqError as error:
         print(error, file=sys.stderr)
@@ -78,8 +81,8 @@ def place(asked: argparse.Namespace, name: str, record: dict[str, Any]) -> Path:
     """The record's file."""
     from llmq.bench.record import slug
 
-    folder = asked.output or (Path(tempfile.mkdtemp()) if asked.self_test else ROOT / "eval" / "results")
-    return folder / f"{name}-{slug(record['device'])}.json"
+    output: Path = asked.output
+    return output / f"{name}-{slug(record['device'])}.json"
 
 
 def bench(asked: argparse.Namespace) -> int:
@@ -117,7 +120,7 @@ def bench(asked: argparse.Namespace) -> int:
     write(path, record)
     show_bench(record)
     print(f"written: {path}")
-    return int(bool(findings.wrong))
+    return int(bool(findings.wrong) or not findings.rows)
 
 
 def ceilings(asked: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rich.console import Console
 from rich.table import Table
 
-from llmq.bench.record import write
+from llmq.bench.record import writable, write
 from llmq.cli import guarded, open_named
 from llmq.config import QuantConfig
 from llmq.console import make_console, print_json, size
@@ -125,12 +125,13 @@ def _cell(column: str, value: Any) -> str:
 def main() -> None:
     told = parsed(sys.argv[1:])
     console = make_console(quiet=False)
+    output = writable(told.output) if told.output else None
     found = measured(told, [Path(sys.argv[0]).name, *sys.argv[1:]], console)
     show(console, found)
-    if told.output:
+    if output:
         name = told.shape or Path(told.models[1]).name
         stamp = found["date"].replace(":", "").replace("+0000", "")
-        file = told.output / f"bench_model-{name}-{stamp}.json"
+        file = output / f"bench_model-{name}-{stamp}.json"
         write(file, found)
         console.print(f"-> {file}")
     print_json(found)

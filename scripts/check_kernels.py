@@ -10,6 +10,7 @@ nothing is compiled there.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -50,6 +51,16 @@ def main() -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("check_kernels compiles, and nothing is compiled under TRITON_INTERPRET=1: unset it", file=sys.stderr)
         return 2
+    if asked.jobs < 1:
+        parser.error(f"--jobs must be 1 or more; got {asked.jobs}")
+    if importlib.util.find_spec("triton") is None:
+        print("check_kernels compiles with triton, which is not installed: pip install triton", file=sys.stderr)
+        return 2
+    if asked.json:
+        try:
+            asked.json.touch()
+        except OSError as error:
+            parser.error(f"--json {asked.json} cannot be written: {error.strerror}")
     listed = [case for arch in asked.arch or ARCHITECTURES for case in (few_cases if asked.quick else cases)(arch)]
     with ProcessPoolExecutor(asked.jobs) as pool:
         rows = list(pool.map(_checked, listed))

@@ -9,14 +9,14 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
-if [[ $# -lt 1 || $1 == -* ]]; then
+if [[ -z ${1:-} || $1 == -* ]]; then
     echo "usage: scripts/gpu_day.sh FOLDER [--self-test]" >&2
     exit 2
 fi
 case $1 in /*) folder=$1 ;; *) folder=$OLDPWD/$1 ;; esac
 self=()
 total=540
-if [[ ${2:-} == --self-test ]]; then
+if [[ $# -eq 2 && $2 == --self-test ]]; then
     self=(--self-test)
 elif [[ $# -gt 1 ]]; then
     echo "gpu_day.sh takes a folder and --self-test; got ${*:2}" >&2
@@ -26,6 +26,10 @@ python=${PYTHON:-$(command -v python || echo python3)}
 jobs=$(nproc 2>/dev/null || echo 4)
 ((jobs > 12)) && jobs=12
 ((${#self[@]})) && jobs=1
+if ((!${#self[@]})) && ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+    echo "gpu_day.sh: torch finds no GPU here (asked: $python); --self-test tries the steps without one" >&2
+    exit 2
+fi
 mkdir -p "$folder/logs" || exit 2
 failed=()
 begun=$SECONDS

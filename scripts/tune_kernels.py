@@ -67,14 +67,14 @@ def tune(asked: argparse.Namespace) -> int:
     from llmq.bench.kernels import tuning
     from llmq.bench.kernels.tables import parse_shapes, show_sweep
     from llmq.bench.kernels.timing import SELF_TEST, Budget, Effort
-    from llmq.bench.record import about, measured_device, slug
+    from llmq.bench.record import about, measured_device, slug, writable
     from llmq.kernels import wna16
 
     budget, sweeping = Budget(asked.seconds), Budget(SWEEPING * asked.seconds)
     device = measured_device(asked.self_test)
     known, effort = wna16.device_of(device), SELF_TEST if asked.self_test else Effort()
     head = about(device, ("scripts/tune_kernels.py", *sys.argv[1:]), asked.seed, asked.self_test)
-    folder = asked.output or (Path(tempfile.mkdtemp()) if asked.self_test else ROOT / "kernels" / "tuned")
+    folder = writable(asked.output or (Path(tempfile.mkdtemp()) if asked.self_test else ROOT / "kernels" / "tuned"))
     path = folder / f"{slug(head['device'])}.json"
     shapes = parse_shapes(asked.shapes or SHAPES) if asked.shapes or asked.self_test else None
     sizes = tuning.SIZES if shapes is None else [(shape.k, shape.n) for shape in shapes]

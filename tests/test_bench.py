@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmq.bench import record
 from llmq.bench.kernels import benchmark, checking, rivals, tables, timing, truth
 from llmq.bench.kernels.benchmark import Findings, Plan, Shape
 from llmq.bench.kernels.timing import SELF_TEST, Ceilings
@@ -227,6 +228,27 @@ def test_shapes_are_read_and_refused() -> None:
         truth.draw(torch.Generator(), 16, 100, 64, True, F16)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"rows": (4, 0)}, "rows must be 1 or more; got 0"),
+        ({"group_size": -1}, "the group must be a number of columns, or 0 for one per channel; got -1"),
+        ({"tables": Path("nowhere")}, "there is no folder nowhere of launch tables"),
+    ],
+)
+def test_sizes_that_are_none_are_refused(change: dict[str, Any], told: str) -> None:
+    with pytest.raises(LlmqError, match=told):
+        replace(PLAN, **change)
+
+
+def test_a_folder_is_tried_before_anything_is_measured(tmp_path: Path) -> None:
+    assert record.writable(tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(LlmqError, match=r"--output .*file/x cannot be written to: Not a directory"):
+        record.writable(tmp_path / "file" / "x")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
 def run(*command: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | more
     return subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -249,15 +271,15 @@ def test_the_script_writes_one_record(tmp_path: Path) -> None:
     done = run(sys.executable, "scripts/bench_kernels.py", *options, "--output", tmp_path, "--seed", "4")
     assert done.returncode == 0, done.stderr
     (file,) = tmp_path.iterdir()
-    record = json.loads(file.read_text())
+    written = json.loads(file.read_text())
     assert file.name == "kernels-bfloat16-int4-gchannel-asym-cpu.json"
-    assert (record["device"], record["seed"], record["self_test"], record["symmetric"]) == ("cpu", 4, True, False)
-    assert record["versions"]["torch"] == torch.__version__
-    assert record["command"].startswith("scripts/bench_kernels.py --self-test")
+    assert (written["device"], written["seed"], written["self_test"], written["symmetric"]) == ("cpu", 4, True, False)
+    assert written["versions"]["torch"] == torch.__version__
+    assert written["command"].startswith("scripts/bench_kernels.py --self-test")
     assert str(tmp_path.parent) not in file.read_text(), "records are published: no paths of a machine"
     assert "SELF-TEST on the CPU: nothing below is a measurement" in done.stdout
-    assert all(row["us"] > 0 and row["roofline"] > 0 for row in record["rows"])
-    assert {"slab", "dense"} <= {row["what"] for row in record["rows"]}
+    assert all(row["us"] > 0 and row["roofline"] > 0 for row in written["rows"])
+    assert {"slab", "dense"} <= {row["what"] for row in written["rows"]}
 
 
 def test_a_gpu_day_names_the_steps_that_failed(tmp_path: Path) -> None:
@@ -266,4 +288,8 @@ def test_a_gpu_day_names_the_steps_that_failed(tmp_path: Path) -> None:
     assert "FAILED: check (1) ceilings (1) sweep (1) bench (1) bench-bfloat16 (1)" in done.stdout
     assert (tmp_path / "logs" / "sweep.log").exists(), "a failing step does not stop the next"
     assert run("scripts/gpu_day.sh").returncode == 2
-    assert run("scripts/gpu_day.sh", tmp_path, "--quick").returncode == 2
+    for wrong in ([""], [tmp_path, "--quick"], [tmp_path, "--self-test", "--quick"]):
+        assert run("scripts/gpu_day.sh", *wrong).returncode == 2
+    alone = run("scripts/gpu_day.sh", tmp_path / "b", PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="")
+    assert (alone.returncode, alone.stdout) == (2, ""), "without a GPU nothing is begun"
+    assert "torch finds no GPU here" in alone.stderr

@@ -101,6 +101,8 @@ def test_a_checkpoint_is_measured_beside_its_original(tmp_path: Path) -> None:
     rows, missing = speed.measure(found, SIZES, 60)
     assert len(rows) == 3 * 5
     assert missing == []
+    with pytest.raises(llmq.LlmqError, match="packed is packed itself: the first model must be the one that"):
+        of_checkpoint(tmp_path / "packed", str(tmp_path / "packed"), "bfloat16", "cpu")
 
 
 def test_one_copy_of_everything(variants: list[Variant]) -> None:

@@ -131,6 +131,10 @@ def test_bad_requests_are_refused() -> None:
         ((ids, 10, None, decoder), r"is for 2 sequences of 20 tokens in all; got 2 of 11 \+ 10"),
         ((ids[:1], 4, None, decoder), "got 1 of 11"),
         ((ids, 4, mask), r"attention_mask must be \[2, 11\] with padding on the left alone"),
+        ((ids, 4, torch.ones(2, 10)), r"attention_mask must be \[2, 11\]"),
+        ((ids.float(), 4), "must be a tensor of whole numbers, int64 .*; got torch.float32"),
+        ((ids.tolist(), 4), "must be a tensor of whole numbers, int64 .*; got list"),
+        ((ids, 1.5), "max_new_tokens must be a whole number; got 1.5"),
     ]
     for arguments, message in refused:
         with pytest.raises(llmq.LlmqError, match=message):

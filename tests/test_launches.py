@@ -27,8 +27,13 @@ def test_rows_and_joined_linears_are_told(tmp_path: Path) -> None:
     many = llmq.explain(fused, rows=64)[0]
     assert (many.few_rows, many.joined) == ("slab", ())
     assert "(cpu_int4 is for up to 48 rows" in str(many)
-    with pytest.raises(llmq.LlmqError, match="rows must be at least 1; got 0"):
-        llmq.explain(plain, rows=0)
+    for wrong, told in (
+        ({"rows": 0}, "rows must be at least 1; got 0"),
+        ({"rows": 1.5}, "rows must be whole numbers; got 1.5"),
+        ({"dtype": "bfloat16"}, "dtype must be a torch.dtype; got 'bfloat16'"),
+    ):
+        with pytest.raises(llmq.LlmqError, match=told):
+            llmq.explain(plain, **wrong)
 
 
 def test_printed_linears_alike_are_told_together(tmp_path: Path) -> None:

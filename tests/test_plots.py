@@ -77,6 +77,14 @@ def test_what_is_no_record_is_refused(tmp_path: Path) -> None:
             plots.plot_record(path, tmp_path)
 
 
+@pytest.mark.skipif(absent, reason="matplotlib is not installed")
+def test_half_a_record_is_refused(tmp_path: Path) -> None:
+    path = record(tmp_path / "kernels-x.json")
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(LlmqError, match=r"kernels-x.json is not whole: .*; give a file that"):
+        plots.plot_record(path, tmp_path)
+
+
 def test_remedies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(LlmqError, match=r"there is no kernels-\*.json in .*: run scripts/bench_kernels.py --output"):
         plots.records(tmp_path)

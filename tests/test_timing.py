@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llmq.bench.kernels import timing, tuning
 from llmq.bench.kernels.timing import Budget, Ceilings, Effort
+from llmq.errors import LlmqError
 from llmq.kernels import counters
 from llmq.kernels.launch import Device, buckets, configure, rows_of, table_of
 
@@ -180,6 +181,14 @@ def test_candidates_fit_and_hold_what_the_rules_choose(device: Device) -> None:
             assert launch.bm == task.size
             assert -(-task.n // 64) % (launch.bn // 64) == 0
             assert launch.split <= -(-task.k // 128)
+
+
+def test_groups_that_divide_no_shape_are_refused() -> None:
+    for group in (5, -1):
+        with pytest.raises(LlmqError, match=rf"groups must divide K, or be 0 \(per channel\); got {group} for 128x64"):
+            tuning.tasks("sm_90", ["float16"], [group], [(128, 64)])
+    with pytest.raises(LlmqError, match="seconds must be 0 or more; got -5"):
+        Budget(-5)
 
 
 def test_a_table_is_read_back_by_the_launch(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import platform
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,17 @@ def name_of(device: torch.device) -> str:
 def slug(name: str) -> str:
     """A name as part of a file's: NVIDIA H200 -> nvidia-h200."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made where it is absent: asked before hours are measured. `LlmqError` where nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise LlmqError(f"--output {folder} cannot be written to: {error.strerror}") from None
+    return folder
 
 
 def write(path: Path, values: dict[str, Any]) -> None:

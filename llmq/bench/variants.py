@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.config import QuantConfig
+from llmq.errors import LlmqError
 from llmq.eval.models import wait
 from llmq.evaluation import open_model
 from llmq.hf.parts import quiet
@@ -44,9 +45,14 @@ class Variant:
 
 
 def of_checkpoint(original: Any, folder: str, dtype: str, device: str) -> list[Variant]:
-    """The original (what `open_model` takes), and the quantized folder without and with `fuse`."""
+    """The original (what `open_model` takes), and the quantized folder without and with `fuse`.
+
+    `LlmqError` where the original is packed itself.
+    """
     began = time.perf_counter()
     model = open_model(original, dtype, device)[0]
+    if any(isinstance(module, QuantLinear) for module in model.modules()):
+        raise LlmqError(f"{original} is packed itself: the first model must be the one that {folder} was made of")
     found = [Variant("original", model, _since(began, device), "opened, read and cast")]
     placed = {} if device == "cpu" else {"device_map": device}
     for name, fuse in (("packed", False), ("fused", True)):

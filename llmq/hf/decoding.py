@@ -49,10 +49,17 @@ def generate_fast(
     input_ids: int64 [B, T]. attention_mask: [B, T], zeros where there is padding, which must be on the left.
     decoder: one to use again, with its cache and graph (`Decoder`); by default one is made for this call.
     Returns int64 [B, T + n], n <= max_new_tokens: it ends when every sequence has written an end-of-text token of the
-    generation config. Raises `LlmqError` for caches that are not plain attention's and settings that greedy decoding lacks.
+    generation config. A static cache sums otherwise than a growing one: of two tokens that are as likely within the rounding
+    of 16 bits, it may take the other.
+    Raises `LlmqError` for caches that are not plain attention's and settings that greedy decoding lacks.
     """
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+        found = str(input_ids.dtype) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise LlmqError(f"input_ids must be a tensor of whole numbers, int64 [B, T]; got {found}")
     if input_ids.ndim != 2 or 0 in input_ids.shape:
         raise LlmqError(f"input_ids must be [B, T], neither of them 0; got {list(input_ids.shape)}")
+    if not isinstance(max_new_tokens, int):
+        raise LlmqError(f"max_new_tokens must be a whole number; got {max_new_tokens!r}")
     if max_new_tokens < 1:
         raise LlmqError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
     batch, length = input_ids.shape
@@ -149,9 +156,9 @@ class Decoder:
         """The mask over the whole text; a model without positions of its own always gets one."""
         padded = "position_ids" not in self.parameters
         self.mask.fill_(1)
+        if given is not None and (given.shape != (self.batch, length) or not bool(given[:, -1].all())):
+            raise LlmqError(f"attention_mask must be {[self.batch, length]} with padding on the left alone")
         if given is not None and not bool(given.all()):
-            if given.shape != (self.batch, length) or not bool(given[:, -1].all()):
-                raise LlmqError(f"attention_mask must be {[self.batch, length]} with padding on the left alone")
             self.mask[:, :length] = given.to(self.mask)
             padded = True
         if padded != self.padded:

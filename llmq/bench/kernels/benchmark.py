@@ -27,6 +27,7 @@ from torch import Tensor
 from llmq.bench.kernels import rivals
 from llmq.bench.kernels.timing import Budget, Ceilings, Effort, Timing, copies_of, measure
 from llmq.bench.kernels.truth import RIVAL_TOLERANCE, Truth, draw, draw_input, judge, truth
+from llmq.errors import LlmqError
 from llmq.kernels import reference, slab, wna16
 from llmq.kernels.launch import Launch, configure, table_of, told
 from llmq.kernels.layout import Tiled
@@ -67,6 +68,7 @@ class Plan:
     """What to measure. dtype: of x, y and scales. group_size: columns per scale, 0 per channel. seconds: the time box.
 
     tables: a folder of measured launch tables in the place of the package's own. effort: samples, sizes of the ceilings.
+    `LlmqError` for sizes that are none, and where there is no such folder.
     """
 
     device: torch.device
@@ -80,6 +82,14 @@ class Plan:
     effort: Effort = Effort()  # noqa: RUF009 (frozen)
     tables: Path | None = None
     bits: int = 4
+
+    def __post_init__(self) -> None:
+        if min(self.rows) < 1:
+            raise LlmqError(f"rows must be 1 or more; got {min(self.rows)}")
+        if self.group_size < 0:
+            raise LlmqError(f"the group must be a number of columns, or 0 for one per channel; got {self.group_size}")
+        if self.tables is not None and not self.tables.is_dir():
+            raise LlmqError(f"there is no folder {self.tables} of launch tables")
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from llmq.errors import LlmqError
 from llmq.kernels import counters
 
 LEAST_COPIES = 8
@@ -62,9 +63,11 @@ class Timing:
 
 
 class Budget:
-    """Seconds that may be spent, from its making on."""
+    """Seconds that may be spent, from its making on. `LlmqError` below 0."""
 
     def __init__(self, seconds: float) -> None:
+        if seconds < 0:
+            raise LlmqError(f"seconds must be 0 or more; got {seconds:g}")
         self.seconds = seconds
         self.started = time.monotonic()
 

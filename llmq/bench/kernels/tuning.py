@@ -30,6 +30,7 @@ from torch import Tensor
 from llmq.bench.kernels.timing import QUICK, Budget, Effort, copies_of, measure
 from llmq.bench.kernels.truth import Truth, draw, draw_input, judge, truth
 from llmq.bench.record import write
+from llmq.errors import LlmqError
 from llmq.kernels import slab, wna16
 from llmq.kernels.launch import Device, Launch, Row, buckets, configure, form_of, rows_of
 from llmq.kernels.layout import Tiled
@@ -87,7 +88,13 @@ def tasks(
     sizes: Sequence[tuple[int, int]] = SIZES,
     bits: Sequence[int] = (4,),
 ) -> list[Task]:
-    """The first dtype, width and group first; of each decoding alone, then batches of 16 and 64, then the rest."""
+    """The first dtype, width and group first; of each decoding alone, then batches of 16 and 64, then the rest.
+
+    Sizes whose K a group does not divide are left out for it; `LlmqError` where that leaves nothing.
+    """
+    if not any(group == 0 or (group > 0 and k % group == 0) for group in groups for k, _ in sizes):
+        shapes = ", ".join(f"{k}x{n}" for k, n in sizes)
+        raise LlmqError(f"groups must divide K, or be 0 (per channel); got {', '.join(map(str, groups))} for {shapes}")
     known = buckets(arch)
     order = sorted(known, key=lambda size: ((known[0], 16, 64, 32, 128).index(size), size))
     return [
@@ -97,7 +104,7 @@ def tasks(
         for group in groups
         for size in order
         for k, n in sizes
-        if group == 0 or k % group == 0
+        if group == 0 or (group > 0 and k % group == 0)
     ]
 
 

@@ -92,12 +92,9 @@ def tasks(
 
     Sizes whose K a group does not divide are left out for it; `LlmqError` where that leaves nothing.
     """
-    if not any(group == 0 or (group > 0 and k % group == 0) for group in groups for k, _ in sizes):
-        shapes = ", ".join(f"{k}x{n}" for k, n in sizes)
-        raise LlmqError(f"groups must divide K, or be 0 (per channel); got {', '.join(map(str, groups))} for {shapes}")
     known = buckets(arch)
     order = sorted(known, key=lambda size: ((known[0], 16, 64, 32, 128).index(size), size))
-    return [
+    found = [
         Task(dtype, group, size, n, k, width)
         for dtype in dtypes
         for width in bits
@@ -106,6 +103,10 @@ def tasks(
         for k, n in sizes
         if group == 0 or (group > 0 and k % group == 0)
     ]
+    if not found:
+        shapes = ", ".join(f"{k}x{n}" for k, n in sizes)
+        raise LlmqError(f"groups must divide K, or be 0 (per channel); got {', '.join(map(str, groups))} for {shapes}")
+    return found
 
 
 def candidates(device: Device, task: Task) -> list[Launch]:

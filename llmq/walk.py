@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from llmq.blocks import Call, Stop
@@ -72,6 +71,8 @@ def _walk_paused(
     see: Callable[[int, Tensor], None],
     change: Callable[[int], None],
 ) -> list[Tensor]:
+    from greenlet import getcurrent, greenlet  # here: what measures or serves needs none
+
     caller = getcurrent()
     suspended = [greenlet(forward) for forward in forwards]
     with _hooked(gates, lambda g, x: caller.switch((g, x))):

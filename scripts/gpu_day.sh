@@ -5,8 +5,10 @@
 #   scripts/gpu_day.sh FOLDER --self-test   the same steps on the CPU, on tiny shapes: nothing is measured
 #
 # Every step has a time limit of its own, and none is begun with less than 10 seconds left of all. A step that fails does not
-# stop the next ones; at the end those that failed are named, and the status is 1. PYTHON: the interpreter (default python).
+# stop the next ones; at the end those that failed are named, and the status is 1. PYTHON: the interpreter (default: python or
+# python3, whichever has torch).
 set -uo pipefail
+begun=$SECONDS
 cd "$(dirname "$0")/.." || exit 2
 
 if [[ -z ${1:-} || $1 == -* ]]; then
@@ -22,7 +24,11 @@ elif [[ $# -gt 1 ]]; then
     echo "gpu_day.sh takes a folder and --self-test; got ${*:2}" >&2
     exit 2
 fi
-python=${PYTHON:-$(command -v python || echo python3)}
+python=${PYTHON:-}
+for found in python python3; do # the first that has torch
+    [[ -z $python ]] && "$found" -c "import importlib.util as u, sys; sys.exit(u.find_spec('torch') is None)" 2>/dev/null && python=$found
+done
+python=${python:-python3}
 jobs=$(nproc 2>/dev/null || echo 4)
 ((jobs > 12)) && jobs=12
 ((${#self[@]})) && jobs=1
@@ -32,7 +38,6 @@ if ((!${#self[@]})) && ! "$python" -c "import sys, torch; sys.exit(not torch.cud
 fi
 mkdir -p "$folder/logs" || exit 2
 failed=()
-begun=$SECONDS
 
 # step NAME LIMIT COMMAND...: run within LIMIT seconds and what is left of all, the output to the terminal and a log.
 step() {
@@ -63,8 +68,8 @@ elif [[ -z $sanitizer ]]; then
     echo "== sanitizer: compute-sanitizer is not here (not on PATH, not in /usr/local/cuda/bin): NOT RUN" | tee "$folder/logs/sanitizer.log"
 else
     # Without torch's cache every tensor is an allocation of its own, so that one byte beyond it shows.
-    step sanitizer 70 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck --error-exitcode 9 \
-        "$python" scripts/bench_kernels.py --check-only --small --seconds 60 --output "$folder/sanitizer"
+    step sanitizer 70 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck --report-api-errors no --error-exitcode 9 \
+        "$python" scripts/bench_kernels.py --check-only --small --seconds 45 --output "$folder/sanitizer"
 fi
 
 step ceilings 20 "${bench[@]}" --ceilings-only ${self[@]+"${self[@]}"}

@@ -88,7 +88,7 @@ def tasks(
     sizes: Sequence[tuple[int, int]] = SIZES,
     bits: Sequence[int] = (4,),
 ) -> list[Task]:
-    """The first dtype, width and group first; of each decoding alone, then batches of 16 and 64, then the rest.
+    """Decoding alone first, then batches of 16 and 64, then the rest; of each the first dtype, width and group first.
 
     Sizes whose K a group does not divide are left out for it; `LlmqError` where that leaves nothing.
     """
@@ -96,10 +96,10 @@ def tasks(
     order = sorted(known, key=lambda size: ((known[0], 16, 64, 32, 128).index(size), size))
     found = [
         Task(dtype, group, size, n, k, width)
+        for size in order
         for dtype in dtypes
         for width in bits
         for group in groups
-        for size in order
         for k, n in sizes
         if group == 0 or (group > 0 and k % group == 0)
     ]

@@ -36,7 +36,7 @@ if ((!${#self[@]})) && ! "$python" -c "import sys, torch; sys.exit(not torch.cud
     echo "gpu_day.sh: torch finds no GPU here (asked: $python); --self-test tries the steps without one" >&2
     exit 2
 fi
-mkdir -p "$folder/logs" || exit 2
+mkdir -p "$folder/logs" "$folder/tuned" || exit 2 # the benchmark takes the rules where the sweep wrote no table
 failed=()
 
 # step NAME LIMIT COMMAND...: run within LIMIT seconds and what is left of all, the output to the terminal and a log.

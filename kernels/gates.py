@@ -34,6 +34,7 @@ EXEMPT = {(32, 64): 3.1, (64, 64): 3.5, (128, 64): 4.15, (128, 128): 3.9}
 # Dequantizing writes 2 bytes for each weight: an H200 at its memory's limit has time for 19 instructions.
 UNPACKING = 19.0
 SHORT = {"float16": "fp16", "bfloat16": "bf16"}
+LONG = {short: long for long, short in SHORT.items()}
 SLACK = 0.03
 LIMITS = Path(__file__).resolve().parent / "limits.json"
 
@@ -99,7 +100,7 @@ def case_of(
     split: int = 4,
 ) -> Case:
     """A case with the warps and stages of the rules."""
-    form = form or form_of(arch, "float16" if dtype == "fp16" else "bfloat16")
+    form = form or form_of(arch, LONG[dtype])
     launch = Launch(bm, bn, warps_of(arch, bm, bn), stages_of(arch, bits), split, form)
     return Case(arch, dtype, group, symmetric, launch, bits)
 

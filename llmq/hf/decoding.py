@@ -156,11 +156,12 @@ class Decoder:
         """The mask over the whole text; a model without positions of its own always gets one."""
         padded = "position_ids" not in self.parameters
         self.mask.fill_(1)
-        if given is not None and (given.shape != (self.batch, length) or not bool(given[:, -1].all())):
-            raise LlmqError(f"attention_mask must be {[self.batch, length]} with padding on the left alone")
-        if given is not None and not bool(given.all()):
-            self.mask[:, :length] = given.to(self.mask)
-            padded = True
+        if given is not None:
+            if given.shape != (self.batch, length) or not bool(given[:, -1].all()):
+                raise LlmqError(f"attention_mask must be {[self.batch, length]} with padding on the left alone")
+            if not bool(given.all()):
+                self.mask[:, :length] = given.to(self.mask)
+                padded = True
         if padded != self.padded:
             self.padded, self.graph = padded, None
 

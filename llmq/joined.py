@@ -89,9 +89,8 @@ class Whole(QuantLinear):
     def run_joined(self, x: Tensor) -> Tensor | None:
         """y [.., N of all]; None where the kernel for x joins nothing."""
         x = under_autocast(x)
-        rows = x.numel() // self.in_features
-        kernel = self._kernel(x.dtype, rows, x.device)
-        return self._run(x) if kernel.JOINS else None
+        kernel = self._kernel_for(x)
+        return self._through(kernel, x) if kernel.JOINS else None
 
     def problem(self, dtype: torch.dtype) -> Problem:
         return replace(super().problem(dtype), scale_dtype=self.members[0].weight_scale.dtype)

@@ -103,8 +103,10 @@ class QuantLinear(nn.Module):
 
     def _run(self, x: Tensor) -> Tensor:
         x = under_autocast(x)
+        return self._through(self._kernel_for(x), x)
+
+    def _through(self, kernel: Kernel, x: Tensor) -> Tensor:
         flat = x if x.ndim == 2 else x.reshape(-1, self.in_features)  # [M, K]
-        kernel = self._kernel(x.dtype, flat.shape[0], x.device)
         y = kernel.run(flat, self._layout(kernel), self._bias(x.dtype))
         return y if x.ndim == 2 else y.view(*x.shape[:-1], self.out_features)
 
@@ -146,6 +148,9 @@ class QuantLinear(nn.Module):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight [N, K], in the scales' dtype where none is given."""
         return self.quantized_weight().dequantize(dtype)
+
+    def _kernel_for(self, x: Tensor) -> Kernel:
+        return self._kernel(x.dtype, x.numel() // self.in_features, x.device)
 
     def _kernel(self, dtype: torch.dtype, rows: int, device: torch.device) -> Kernel:
         """For x of `dtype` on `device`."""

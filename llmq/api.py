@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from llmq._version import __version__
 from llmq.blocks import Captured, capture
 from llmq.blockwork import LinearReport
 from llmq.calibration import Writing
+from llmq.checkpoint.target import REPORT, refuse_overlap
 from llmq.checkpoint.writer import StagedCheckpoint
 from llmq.config import SELF, Calibration, QuantConfig, method
 from llmq.core.quantized import QuantizedWeight
@@ -36,7 +37,7 @@ from llmq.formats import compressed_tensors as ct
 from llmq.heldout import few_tokens_notes
 from llmq.pipeline import Step, quantize_blocks
 from llmq.plan import Plan, make_plan
-from llmq.report import FILE, Report, peak_rss_bytes
+from llmq.report import Report, peak_rss_bytes
 from llmq.sizing import Preview, make_preview, planned_specs, with_writing
 from llmq.transforms.base import PairReport
 
@@ -73,9 +74,9 @@ def quantize(
 
     began = time.perf_counter()
     config = config or QuantConfig()
-    if isinstance(source, (str, Path)) and Path(output).resolve() == Path(source).resolve():
-        raise LlmqError(f"output must not be the source folder itself; got {output}")
+    refuse_overlap(output, _inputs(source, calibration))
     opened = open_source(source, dtype=config.dtype, device=pick_device(device), revision=revision)
+    refuse_overlap(output, opened.files)
     plan = make_plan(opened.model, config)
     specs = planned_specs(opened, plan)
     with StagedCheckpoint(Path(output), specs, max_shard_size, overwrite) as staged:
@@ -102,9 +103,21 @@ def quantize(
             layers=tuple(rows),
             pairs=tuple(pairs),
         )
-        (staged.folder / FILE).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+        (staged.folder / REPORT).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
         staged.commit()
     return report
+
+
+def _inputs(source: Any, calibration: Calibration | Tensor | None) -> Iterator[Path]:
+    """The paths that a run reads, as far as they are known before the source is opened; some may not exist."""
+    if isinstance(source, (str, Path)):
+        yield Path(source).expanduser()
+    elif hasattr(source, "folder") and hasattr(source, "file"):
+        yield Path(source.folder) / str(source.file)
+    elif getattr(source, "name_or_path", ""):
+        yield Path(source.name_or_path)
+    if isinstance(calibration, Calibration):
+        yield Path(calibration.dataset)
 
 
 def preview(

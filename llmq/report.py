@@ -10,7 +10,6 @@ from llmq.blockwork import LinearReport
 from llmq.config import QuantConfig
 from llmq.transforms.base import PairReport
 
-FILE = "llmq_report.json"
 
 
 @dataclass(frozen=True)

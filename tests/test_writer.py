@@ -27,6 +27,8 @@ from llmq.checkpoint.writer import StagedCheckpoint, plan_shards
 from llmq.errors import LlmqError
 from llmq.formats.compressed_tensors import TensorSpec
 
+OLD = json.dumps({"quantization_config": {}})
+
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs locks on folders")
 
 
@@ -204,7 +206,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, error: type[BaseExcep
 def old_checkpoint(target: Path) -> dict[str, Tensor]:
     old = some_tensors(seed=50)
     write(target, old, size=300)
-    (target / "config.json").write_text("old")
+    (target / "config.json").write_text(OLD)
     return old
 
 
@@ -255,12 +257,12 @@ def test_a_failed_overwrite_leaves_the_old(tmp_path: Path, monkeypatch: pytest.M
     assert names_in(tmp_path) == ["out"]
 
 
-def test_overwrite_replaces_model_folders_only(tmp_path: Path) -> None:
+def test_overwrite_replaces_checkpoints_only(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
     write(target, some_tensors(), overwrite=True)  # an empty one has nothing to lose
     (target / "thesis.tex").write_text("")
-    with pytest.raises(LlmqError, match=r"no config\.json"):
+    with pytest.raises(LlmqError, match=r"replaces quantized checkpoints only"):
         write(target, some_tensors(), overwrite=True)
     assert (target / "thesis.tex").exists()
 

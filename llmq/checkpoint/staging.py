@@ -6,7 +6,7 @@
 
 `discard` removes what was filled. A killed process cannot call it: what it leaves is known by its lock being free,
 and is removed by the next run with the same target. A lock that is held means that another run is writing there, and
-this one is refused. With overwrite only a folder with a config.json in it, or an empty one, is ever replaced.
+this one is refused. With overwrite only a quantized checkpoint, or an empty folder, is ever replaced (`target`).
 
 Left out: exchanging old and new in one step, which the standard library cannot do. A kill between the two renames
 leaves no target; the old folder then lies whole beside it, and the next run moves it back first. Without `fcntl`
@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from llmq.checkpoint.target import refuse_replacement
 from llmq.errors import LlmqError
 
 if sys.platform != "win32":
@@ -36,7 +37,7 @@ class StagedFolder:
     """The folder that will be `target`. folder: where to write now. needed: bytes that are going to be written.
 
     Raises `LlmqError` before anything is written: a target that is a file; one that exists, without `overwrite`; one
-    that is no model folder, with it; a run for the same target that is still going on; too little free space.
+    that a quantizer did not write, with it; a run for the same target that is still going on; too little free space.
     """
 
     def __init__(self, target: str | Path, needed: int, overwrite: bool = False) -> None:
@@ -130,10 +131,7 @@ def _refuse(target: Path, overwrite: bool) -> None:
         raise LlmqError(f"the output must be a folder: {target} is a {'symlink' if target.is_symlink() else 'file'}")
     if not overwrite:
         raise LlmqError(f"the output must not exist yet: {target} does; name another folder or use --overwrite")
-    if any(target.iterdir()) and not (target / "config.json").is_file():
-        raise LlmqError(
-            f"--overwrite replaces a model folder only: {target} holds files but no config.json; remove it yourself"
-        )
+    refuse_replacement(target)
 
 
 def _check_space(target: Path, needed: int) -> None:

@@ -34,7 +34,7 @@ class Source(ABC):
     model: in eval mode; parameters that are not loaded are on meta (streamed) or still the caller's (held).
     config: its config, with `dtype` set. dtype, device: of loaded parameters. streamed: whether blocks are read one at
     a time. notes: what was not done as asked, for the report. description: where it came from.
-    blocks_name: the dotted name of the list of decoder blocks; its length is `len(source)`.
+    files: where its weights are read from, if they are. blocks_name: the dotted name of the list of decoder blocks; its length is `len(source)`.
     """
 
     streamed: bool
@@ -54,6 +54,7 @@ class Source(ABC):
         self.device = torch.device(device)
         self.description = description
         self.blocks_name, self._blocks = find_blocks(model)
+        self.files: tuple[Path, ...] = ()
         self._notes = notes
         self._side = side
         self._names: Names | None = None

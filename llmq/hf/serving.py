@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -166,7 +167,9 @@ def load(path: str | Path, kernel: str | None = None, fuse: bool = False, **kwar
     config = copy.deepcopy(config)
     config.quantization_config = PackedConfig(stored, kernel, ready=not fuse)
     wanted = kwargs.pop("output_loading_info", False)
-    arguments = {"dtype": "auto", "use_safetensors": True, **kwargs}
+    arguments = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False, **kwargs}
+    if not arguments["trust_remote_code"]:
+        _refuse_remote_code(path, config)
     model, info = AutoModelForCausalLM.from_pretrained(path, config=config, output_loading_info=True, **arguments)
     missing = sorted(info["missing_keys"])
     if missing:
@@ -183,6 +186,16 @@ def _config(path: str | Path, kwargs: Mapping[str, Any]) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(path, trust_remote_code=kwargs.get("trust_remote_code", False), **hub)
     except (OSError, ValueError) as error:
         raise LlmqError(f"{path} is not a model folder or repo: {str(error).splitlines()[0]}") from error
+
+
+def _refuse_remote_code(path: str | Path, config: PreTrainedConfig) -> None:
+    """Raise `LlmqError` where only code of the checkpoint itself could build the model; it is never run unasked."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        own = ", and the code in the checkpoint (auto_map) is run only with trust_remote_code=True"
+        raise LlmqError(
+            f"{path}: transformers has no causal language model for model_type {config.model_type!r}"
+            + (own if hasattr(config, "auto_map") else "")
+        )
 
 
 def enable() -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -62,9 +63,10 @@ class StreamedSource(Source):
         notes: tuple[str, ...] = (),
     ) -> None:
         with quiet():
-            model = build_skeleton(AutoModelForCausalLM.from_config, config, dtype)
+            model = build_skeleton(partial(AutoModelForCausalLM.from_config, trust_remote_code=False), config, dtype)
             mapping = get_model_conversion_mapping(model)
         super().__init__(model, dtype, device, side, str(checkpoint.folder), notes)
+        self.files = (checkpoint.folder,)
         self._checkpoint, self._mapping = checkpoint, mapping
         self._entries: dict[str, Tensor] = dict(model.state_dict())
         self._plan_dtypes = model._get_dtype_plan(dtype)

@@ -11,7 +11,6 @@ from llmq.config import QuantConfig
 from llmq.transforms.base import PairReport
 
 
-
 @dataclass(frozen=True)
 class Report:
     """The outcome of one `quantize` call.

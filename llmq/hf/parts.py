@@ -34,7 +34,8 @@ class Source(ABC):
     model: in eval mode; parameters that are not loaded are on meta (streamed) or still the caller's (held).
     config: its config, with `dtype` set. dtype, device: of loaded parameters. streamed: whether blocks are read one at
     a time. notes: what was not done as asked, for the report. description: where it came from.
-    files: where its weights are read from, if they are. blocks_name: the dotted name of the list of decoder blocks; its length is `len(source)`.
+    files: where its weights are read from, if they are.
+    blocks_name: the dotted name of the list of decoder blocks; its length is `len(source)`.
     """
 
     streamed: bool

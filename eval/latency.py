@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import inspect
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from llmq.errors import LlmqError
 from llmq.eval.models import context_length, evaluation_mode, input_device, random_ids, wait
+from llmq.memory import peak_rss_bytes
 
 WARM_UP_TOKENS = 2
 
@@ -143,10 +143,4 @@ def _greedy(output: Any) -> Tensor:
 def _peak_memory(device: torch.device) -> tuple[str, int | None]:
     if device.type == "cuda":
         return "allocated on the GPU during the measurement", torch.cuda.max_memory_allocated(device)
-    meaning = "largest resident set of the process since it started"
-    try:
-        import resource
-    except ImportError:  # Windows
-        return meaning, None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return meaning, peak if sys.platform == "darwin" else peak * 1024
+    return "largest resident set of the process since it started", peak_rss_bytes()

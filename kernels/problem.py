@@ -39,7 +39,7 @@ class Packed:
 
     weight: int32 [N, ceil(K * bits / 32)], codes along K, low bits first. scale: [N, K / group_size].
     zero: int32 [ceil(N * bits / 32), K / group_size], codes along N; None when symmetric, where it is 2**(bits - 1).
-    parts: the weights as they are stored whose rows these are, where they were put together for this (`llmq.joined`).
+    parts: the weights as they are stored whose rows these are, where they were put together for this (`llmq.serving.fused`).
     """
 
     rows: int

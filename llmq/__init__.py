@@ -12,9 +12,9 @@ from llmq.errors import LlmqError
 
 if TYPE_CHECKING:
     from llmq.api import preview, quantize
-    from llmq.hf.decoding import generate_fast
-    from llmq.hf.serving import disable, enable, load
-    from llmq.launches import explain, warmup
+    from llmq.hf.generation import generate_fast
+    from llmq.hf.quantizer import disable, enable, load
+    from llmq.serving.dispatch import explain, warmup
 
 __all__ = [
     "Calibration",
@@ -33,9 +33,9 @@ __all__ = [
 
 _VERBS = {
     "llmq.api": ("preview", "quantize"),
-    "llmq.hf.decoding": ("generate_fast",),
-    "llmq.hf.serving": ("disable", "enable", "load"),
-    "llmq.launches": ("explain", "warmup"),
+    "llmq.hf.generation": ("generate_fast",),
+    "llmq.hf.quantizer": ("disable", "enable", "load"),
+    "llmq.serving.dispatch": ("explain", "warmup"),
 }
 
 

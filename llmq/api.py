@@ -3,8 +3,8 @@
     quantize   source -> plan -> calibration windows -> blocks one at a time -> staged checkpoint -> Report
     preview    the same plan from shapes alone: every tensor before and after, totals, predicted peak memory
 
-Those that serve them are `llmq.hf.serving` (load, enable, disable), `llmq.launches` (explain, warmup) and
-`llmq.hf.decoding` (generate_fast).
+Those that serve them are `llmq.hf.quantizer` (load, enable, disable), `llmq.serving.dispatch` (explain, warmup) and
+`llmq.hf.generation` (generate_fast).
 
 transformers is imported when a verb is called, never at import.
 """
@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from llmq import calibration as calibrating
 from llmq._version import __version__
-from llmq.blocks import Captured, capture
-from llmq.blockwork import LinearReport
+from llmq.blocks.capture import Captured, capture
 from llmq.calibration import Writing
 from llmq.checkpoint.target import REPORT, refuse_overlap
 from llmq.checkpoint.writer import StagedCheckpoint
@@ -34,11 +33,13 @@ from llmq.core.quantized import QuantizedWeight
 from llmq.errors import LlmqError
 from llmq.eval.models import context_length
 from llmq.formats import compressed_tensors as ct
-from llmq.heldout import few_tokens_notes
-from llmq.pipeline import Step, quantize_blocks
-from llmq.plan import Plan, make_plan
-from llmq.report import Report, peak_rss_bytes
-from llmq.sizing import Preview, make_preview, planned_specs, with_writing
+from llmq.memory import peak_rss_bytes
+from llmq.quantization.block import LinearReport
+from llmq.quantization.holdout import few_tokens_notes
+from llmq.quantization.pipeline import Step, quantize_blocks
+from llmq.quantization.plan import Plan, make_plan
+from llmq.quantization.sizing import Preview, make_preview, planned_specs, with_writing
+from llmq.report import Report
 from llmq.transforms.base import PairReport
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def preview(
 
     Of a folder only headers are read; a repo id is downloaded first, and a GGUF file is read whole.
     """
-    from llmq.hf.selftext import ROWS, how_texts_start
+    from llmq.hf.self_calibration import ROWS, how_texts_start
     from llmq.hf.source import open_source
 
     config = config or QuantConfig()
@@ -194,7 +195,7 @@ def _written(
     source: Source, asked: Calibration, length: int, progress: Callable[[Step | Writing], None]
 ) -> tuple[Tensor, str]:
     """Windows that the model writes, and what that cost."""
-    from llmq.hf.selftext import how_texts_start, write_windows
+    from llmq.hf.self_calibration import how_texts_start, write_windows
 
     began = time.perf_counter()
     start = how_texts_start(source)

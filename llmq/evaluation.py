@@ -23,9 +23,9 @@ PROMPT, NEW = 512, 64
 
 def open_model(source: Any, dtype: str, device: str = "cpu", revision: str | None = None) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder, repo id or GGUF value, plain or quantized; every float in `dtype`."""
-    from llmq.hf.parts import quiet
-    from llmq.hf.serving import load, stored_scheme
+    from llmq.hf.quantizer import load, stored_scheme
     from llmq.hf.source import open_source
+    from llmq.hf.source_base import quiet
 
     path = isinstance(source, (str, Path)) and not str(source).endswith(".gguf")
     hub: dict[str, Any] = {"revision": revision} if revision else {}

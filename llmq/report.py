@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llmq.blockwork import LinearReport
 from llmq.config import QuantConfig
+from llmq.quantization.block import LinearReport
 from llmq.transforms.base import PairReport
 
 
@@ -70,13 +69,3 @@ class Report:
             "layers": [asdict(row) for row in self.layers],
             "pairs": [asdict(row) for row in self.pairs],
         }
-
-
-def peak_rss_bytes() -> int | None:
-    """Peak resident memory of this process; None on platforms without `resource` (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

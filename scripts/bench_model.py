@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from llmq.bench.record import writable, write
-from llmq.cli import guarded, open_named
+from llmq.cli.commands import guarded, open_named
+from llmq.cli.console import make_console, print_json, size
 from llmq.config import QuantConfig
-from llmq.console import make_console, print_json, size
 from llmq.errors import LlmqError
 
 TABLES = {

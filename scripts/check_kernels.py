@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rich.console import Console
 from rich.table import Table
 
-from llmq.kernels.ahead import Case, Report, Unpacking, read
-from llmq.kernels.gates import ARCHITECTURES, cases, failures, few_cases, ratchet
+from llmq.bench.kernels.gates import ARCHITECTURES, cases, failures, few_cases, ratchet
+from llmq.bench.kernels.machine_code import Case, Report, Unpacking, read
 
 Row = tuple[Case | Unpacking, Report, list[str]]
 

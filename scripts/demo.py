@@ -9,9 +9,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from llmq.cli import guarded, open_named
-from llmq.console import make_console, print_json, print_perplexities, window_progress
-from llmq.progress import block_progress
+from llmq.cli.commands import guarded, open_named
+from llmq.cli.console import make_console, print_json, print_perplexities, window_progress
+from llmq.cli.progress import block_progress
 
 OUT = Path("demo-out")
 WINDOWS, SEQ_LEN, EVALUATED = 16, 512, 12

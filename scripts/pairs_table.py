@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = """# Pairs that AWQ may rescale
 
-Found by running one block and proven by a probe (`llmq/pairs.py`); made by `python scripts/pairs_table.py`.
+Found by running one block and proven by a probe (`llmq/transforms/pairs.py`); made by `python scripts/pairs_table.py`.
 A scale moves from the producer's channels to the consumers' columns.
 
 | architecture | producer → consumers | not rescaled |
@@ -21,7 +21,7 @@ A scale moves from the producer's channels to the consumers' columns.
 
 def row(arch: str) -> str:
     """One line of the table."""
-    from llmq.pairs import NoPair, find_pairs
+    from llmq.transforms.pairs import NoPair, find_pairs
     from tests.tiny import taken_apart
 
     found, missing = [], []

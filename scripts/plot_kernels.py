@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from llmq.bench.kernels.plots import plot_record, records
 from llmq.errors import LlmqError
-from llmq.eval.plots import plot_record, records
 
 
 def main() -> int:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 import llmq
-from llmq.joined import joined_linears
 from llmq.kernels import wna16
-from llmq.linear import QuantLinear
+from llmq.serving.fused import joined_linears
+from llmq.serving.linear import QuantLinear
 from tests.tiny import VOCAB, tiny_model
 
 NEW = 4
@@ -118,7 +118,7 @@ def test_bfloat16_through_the_upcast_form(tmp_path: Path, fuse: bool, launched: 
 @pytest.fixture(scope="module", params=[True, False], ids=["rtn-sym", "gptq-asym"])
 def two_blocks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Said:
     """The first two blocks of the demo model, between its embedding and its head."""
-    from llmq.cli import open_named
+    from llmq.cli.commands import open_named
     from llmq.evaluation import open_model
 
     model, tokenizer = open_model(open_named("demo"), "float16")

@@ -22,7 +22,7 @@ from llmq.kernels import layout, reference, slab, wna16
 from llmq.kernels._unpack import beside4, pairs
 from llmq.kernels.launch import Launch
 from llmq.kernels.problem import Packed
-from tests.test_tiles import drawn
+from tests.fixtures import drawn
 
 F16, BF16 = torch.float16, torch.bfloat16
 FORMS = {F16: "portable", BF16: "upcast"}

@@ -10,16 +10,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import llmq
+from llmq.blocks.statistics import Observed
 from llmq.core.grid import Grid, fit, quantize
 from llmq.core.quantized import QuantizedWeight
-from llmq.linear import QuantLinear
 from llmq.methods.base import Target
 from llmq.methods.gptq import gptq
 from llmq.methods.rtn import rtn
-from llmq.pairs import Pair
-from llmq.statistics import Observed
+from llmq.serving.linear import QuantLinear
 from llmq.transforms.awq import awq
 from llmq.transforms.base import PairReport, Round, Task
+from llmq.transforms.pairs import Pair
 from tests.tiny import ARCHITECTURES, VOCAB, tiny_model
 
 IDS = torch.randint(3, VOCAB, (2, 24), generator=torch.Generator().manual_seed(1))

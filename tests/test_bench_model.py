@@ -20,10 +20,10 @@ from llmq.bench.speed import Sizes
 from llmq.bench.turns import in_turns
 from llmq.bench.variants import Variant, held_bytes, of_checkpoint, of_shape
 from llmq.errors import LlmqError
-from llmq.joined import joined_linears
 from llmq.kernels.registry import KERNELS
-from llmq.linear import QuantLinear
-from tests.test_serving import tiny_tokenizer
+from llmq.serving.fused import joined_linears
+from llmq.serving.linear import QuantLinear
+from tests.fixtures import tiny_tokenizer
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent

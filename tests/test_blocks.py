@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmq.blocks import Call, capture, find_blocks
+from llmq.blocks.capture import Call, capture, find_blocks
+from llmq.blocks.replay import replay, walk
+from llmq.blocks.topology import input_groups, linears
 from llmq.errors import LlmqError
-from llmq.topology import input_groups, linears
-from llmq.walk import replay, walk
 from tests.tiny import ARCHITECTURES, VOCAB, tiny_model
 
 BATCHES = [torch.randint(3, VOCAB, (2, 24), generator=torch.Generator().manual_seed(s)) for s in range(3)]

@@ -19,7 +19,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 import llmq
-from llmq.cli import default_output
+from llmq.cli.commands import default_output
 from llmq.demo import DEMO_NAME
 from tests.tiny import VOCAB, tiny_model
 

@@ -62,6 +62,6 @@ def test_method_table_and_functions_agree() -> None:
 
 def test_importing_llmq_and_its_config_loads_nothing_heavy() -> None:
     heavy = ("torch", "transformers", "triton", "datasets")
-    code = f"import sys, llmq, llmq.config, llmq.cli; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, llmq, llmq.config, llmq.cli.commands; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -155,7 +155,7 @@ def test_the_copy_of_the_real_model_is_the_published_one():
 @pytest.mark.slow
 def test_the_copy_is_the_same_model_whatever_it_is_cast_to() -> None:
     pytest.importorskip("gguf")
-    from llmq.cli import open_named
+    from llmq.cli.commands import open_named
     from llmq.hf.source import open_source
 
     try:

@@ -62,7 +62,7 @@ def test_a_wheel_carries_everything(tmp_path: Path) -> None:
     outside = [path for path in sys.path if path.endswith("site-packages")]
     code = (
         f"import sys; sys.path += {outside!r}\n"
-        "import llmq, llmq.kernels.registry, llmq.eval.corpus, llmq.cli, pathlib\n"
+        "import llmq, llmq.kernels.registry, llmq.eval.corpus, llmq.cli.commands, pathlib\n"
         f"assert pathlib.Path(llmq.kernels.registry.__file__).is_relative_to({str(home)!r})\n"
         "assert pathlib.Path(llmq.__file__).with_name('py.typed').exists()\n"
     )

@@ -8,33 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from llmq.core.grid import Grid, fit, fit_full_range, quantize
-from llmq.core.quantized import QuantizedWeight
+from llmq.core.grid import Grid
 from llmq.errors import LlmqError
 from llmq.formats import compressed_tensors as ct
 from llmq.kernels import cpu_int4, slab
-from llmq.linear import QuantLinear
+from llmq.serving.linear import QuantLinear
+from tests.fixtures import BF16, K, N, quantized_weight, rows
 
-BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-N, K = 48, 96
-
-
-def quantized(grid: Grid, dtype: torch.dtype = BF16, rows: int = N, columns: int = K, seed: int = 0) -> QuantizedWeight:
-    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    scale, zero = (fit_full_range if grid.symmetric else fit)(weight, grid, dtype)
-    return quantize(weight, scale, zero, grid)
+F16, F32 = torch.float16, torch.float32
 
 
 def linear(grid: Grid | None = None, dtype: torch.dtype = BF16, bias: bool = True, **kwargs: Any) -> QuantLinear:
     grid = grid or Grid(4, 32, True)
     drawn = torch.randn(N, generator=torch.Generator().manual_seed(1)).to(dtype)
-    return QuantLinear.from_quantized(quantized(grid, dtype), drawn if bias else None, **kwargs)
-
-
-def rows(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
-    return torch.randn(*shape, K, generator=torch.Generator().manual_seed(2)).to(dtype)
+    return QuantLinear.from_quantized(quantized_weight(grid, dtype), drawn if bias else None, **kwargs)
 
 
 def dense_twin(module: QuantLinear, dtype: torch.dtype) -> nn.Linear:
@@ -63,7 +52,7 @@ def test_it_computes_what_a_dense_linear_does(grid: Grid, dtype: torch.dtype) ->
 
 
 def test_state_is_the_stored_tensors_before_and_after_use() -> None:
-    weight = quantized(Grid(4, 32, False))
+    weight = quantized_weight(Grid(4, 32, False))
     module = QuantLinear.from_quantized(weight)
     with torch.no_grad():
         module(rows(1))
@@ -128,7 +117,7 @@ def test_layouts_are_made_once_and_dropped_when_something_changes() -> None:
         module.to("cpu")
         module(x)
         assert module._made(cpu_int4) is made, "a move to where it is changes nothing"
-        other = QuantLinear.from_quantized(quantized(Grid(4, 32, True), seed=5))
+        other = QuantLinear.from_quantized(quantized_weight(Grid(4, 32, True), seed=5))
         module.load_state_dict(other.state_dict())
         assert module._made(cpu_int4) is None
         assert torch.equal(module(x), other(x))
@@ -136,9 +125,9 @@ def test_layouts_are_made_once_and_dropped_when_something_changes() -> None:
         module.weight_packed = nn.Parameter(linear(bias=False).weight_packed.data, requires_grad=False)
         module.weight_scale = nn.Parameter(linear(bias=False).weight_scale.data, requires_grad=False)
         assert torch.equal(module(x), first), "other tensors are noticed"
-        uneven = QuantLinear.from_quantized(quantized(Grid(4, 32, False)))
+        uneven = QuantLinear.from_quantized(quantized_weight(Grid(4, 32, False)))
         before = uneven(x)
-        zeros = QuantLinear.from_quantized(quantized(Grid(4, 32, False), seed=5)).weight_zero_point
+        zeros = QuantLinear.from_quantized(quantized_weight(Grid(4, 32, False), seed=5)).weight_zero_point
         uneven.weight_zero_point = nn.Parameter(zeros.data, requires_grad=False)
         assert not torch.equal(uneven(x), before), "and other zero points"
         module._apply(torch.clone)  # new data in the same parameters
@@ -281,4 +270,4 @@ def test_kernels_can_be_forced_and_say_when_they_cannot() -> None:
 def test_scales_per_tensor_are_refused() -> None:
     grid = Grid(4, None, True, per_tensor=True)
     with pytest.raises(LlmqError, match="not per tensor"):
-        QuantLinear.from_quantized(quantized(grid))
+        QuantLinear.from_quantized(quantized_weight(grid))

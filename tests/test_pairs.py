@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmq.blocks import Call
-from llmq.pairs import NoPair, Pair, find_pairs, scale_consumer, scale_producer
+from llmq.blocks.capture import Call
+from llmq.transforms.pairs import NoPair, Pair, find_pairs, scale_consumer, scale_producer
 from tests.tiny import ARCHITECTURES, HIDDEN, INTERMEDIATE, taken_apart
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from llmq.bench.kernels import plots
 from llmq.errors import LlmqError
-from llmq.eval import plots
 
 absent = importlib.util.find_spec("matplotlib") is None
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import llmq
-from llmq.cli import open_named
+from llmq.cli.commands import open_named
 from llmq.eval.perplexity import Perplexity, paired_difference
 from llmq.evaluation import open_model, perplexity_of
 

@@ -21,8 +21,8 @@ import llmq.hf.source as source_module
 from llmq.checkpoint.reader import INDEX, SINGLE
 from llmq.demo import demo_source
 from llmq.errors import LlmqError
-from llmq.hf.parts import Source, quiet
 from llmq.hf.source import open_source
+from llmq.hf.source_base import Source, quiet
 from tests.tiny import ARCHITECTURES, randomize, tiny_config, tiny_model
 
 IDS = torch.arange(3, 23)[None]

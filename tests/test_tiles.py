@@ -7,24 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmq.core.packing import pack
 from llmq.errors import LlmqError
 from llmq.kernels import layout
 from llmq.kernels.problem import Packed
-
-
-def drawn(
-    rows: int, columns: int, size: int, symmetric: bool, dtype: torch.dtype, seed: int = 0, bits: int = 4
-) -> Packed:
-    """A weight whose every stored bit is drawn: scales of any sign, zero points and codes from 0 to the largest."""
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
-    scale = torch.randn(rows, columns // size, generator=generator).to(dtype)
-    zero = None
-    if not symmetric:
-        points = torch.randint(0, 1 << bits, (columns // size, rows), generator=generator, dtype=torch.uint8)
-        zero = pack(points, bits).T.contiguous()
-    return Packed(rows, columns, bits, size, pack(codes, bits), scale, zero)
+from tests.fixtures import drawn
 
 
 def assert_same(a: Packed, b: Packed) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from llmq.bench.kernels import gates, machine_code
 from llmq.errors import LlmqError
-from llmq.kernels import ahead, gates, wna16
+from llmq.kernels import wna16
 from llmq.kernels.launch import Device, Launch, Row, bucket, configure, form_of, nearest, table_of
 from llmq.kernels.problem import Problem
 from llmq.kernels.registry import choose
@@ -44,8 +45,8 @@ def test_machine_code_is_what_was_designed() -> None:
     """Two launches of `scripts/check_kernels.py`, which compiles all of them."""
     code = """
 import triton
-from llmq.kernels.ahead import Case, read
-from llmq.kernels.gates import failures
+from llmq.bench.kernels.machine_code import Case, read
+from llmq.bench.kernels.gates import failures
 from llmq.kernels.launch import Launch
 for form in ("assembly", "portable"):
     case = Case("sm_90", "fp16", 128, True, Launch(16, 64, 4, 4, 4, form))
@@ -58,7 +59,7 @@ for form in ("assembly", "portable"):
 
 def test_limits_fall_and_failures_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = gates.case_of("sm_90", "fp16", 128, True, 16, 64)
-    good = ahead.Report(95, 0, 29056, "HGMMA", 2.5, 2, 0, 0)
+    good = machine_code.Report(95, 0, 29056, "HGMMA", 2.5, 2, 0, 0)
     monkeypatch.setattr(gates, "LIMITS", tmp_path / "limits.json")
     for reached in (2.7, 2.5, 2.9):
         gates._limits.cache_clear()
@@ -67,7 +68,7 @@ def test_limits_fall_and_failures_are_named(tmp_path: Path, monkeypatch: pytest.
     assert gates.most_per_weight(case, "3.9") == 2.53
     assert gates.most_per_weight(case, "3.7") == 3.0, "the design's, where a version was never measured"
     assert gates.failures(case, good, "3.9") == []
-    bad = ahead.Report(255, 8, 1 << 20, "HMMA", 2.54, 3, 1, 4)
+    bad = machine_code.Report(255, 8, 1 << 20, "HMMA", 2.54, 3, 1, 4)
     assert gates.failures(case, bad, "3.9") == [
         *("stack 8", "smem 1048576 > 227 KB", "4 conversions of integers", "no HGMMA: HMMA"),
         *("3 narrow loads > 2", "1 stores to shared memory", "2.54 instructions a weight > 2.53"),
@@ -82,7 +83,7 @@ def test_what_measured_tables_launch_is_compiled_too(tmp_path: Path) -> None:
     (tmp_path / "none.json").write_text(json.dumps(stored))
     launch = Launch(16, 64, 8, 5, 2, "assembly")
     assert gates.tuned_cases("sm_90", tmp_path) == [
-        ahead.Case("sm_90", "bf16", 128, symmetric, launch) for symmetric in (True, False)
+        machine_code.Case("sm_90", "bf16", 128, symmetric, launch) for symmetric in (True, False)
     ]
     assert gates.tuned_cases("sm_80", tmp_path) == []
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from llmq.blocks import Call, capture, find_blocks
-from llmq.topology import input_groups, linears
+from llmq.blocks.capture import Call, capture, find_blocks
+from llmq.blocks.topology import input_groups, linears
 
 VOCAB = 128
 HIDDEN = 64

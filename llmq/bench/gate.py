@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from llmq.errors import LlmqError
 from llmq.eval.models import random_ids
-from llmq.hf.decoding import generate_fast
-from llmq.linear import QuantLinear, answering
+from llmq.hf.generation import generate_fast
+from llmq.serving.linear import QuantLinear, answering
 
 STEP = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 2**-20}
 """Relative error of one result: two roundings."""

@@ -29,13 +29,13 @@ from torch import Tensor, nn
 
 from llmq.bench.turns import in_turns
 from llmq.bench.variants import Variant
-from llmq.blocks import find_blocks
+from llmq.blocks.capture import find_blocks
 from llmq.errors import LlmqError
 from llmq.eval.models import wait
-from llmq.hf.decoding import Decoder
+from llmq.hf.generation import Decoder
 from llmq.kernels import layout, wna16
 from llmq.kernels.registry import KERNELS
-from llmq.linear import QuantLinear, answering
+from llmq.serving.linear import QuantLinear, answering
 
 PASSES, STEPS, PROMPT = 100, 20, 8
 

@@ -31,7 +31,7 @@ from llmq.bench.speed import Sizes, measure
 from llmq.bench.variants import Variant, held_bytes, of_checkpoint, of_shape
 from llmq.config import QuantConfig
 from llmq.errors import LlmqError
-from llmq.report import peak_rss_bytes
+from llmq.memory import peak_rss_bytes
 
 DENSE_ROWS = 320  # of the gate's linears: beyond what few-rows kernels take
 GATE_PROMPT, GATE_NEW = 32, 24

@@ -2,7 +2,7 @@
 
     prefill        one forward over `prefill` tokens, its cache made inside
     decode eager   forwards of one token each with the cache that the model makes, as `generate` does them
-    decode fast    steps of `llmq.hf.decoding.Decoder`: a replayed CUDA graph where there is one, else the same step eagerly
+    decode fast    steps of `llmq.hf.generation.Decoder`: a replayed CUDA graph where there is one, else the same step eagerly
 
 Prompts are random ids (speed does not depend on them) and are read before the clock starts. The clock is read when the device
 is done. Medians. The memory that a case takes is the growth of the device's allocated memory in its first, uncounted run.
@@ -23,7 +23,7 @@ from llmq.bench.variants import Variant
 from llmq.errors import LlmqError
 from llmq.eval.latency import once
 from llmq.eval.models import context_length, input_device, random_ids, wait
-from llmq.hf.decoding import Decoder
+from llmq.hf.generation import Decoder
 
 
 @dataclass(frozen=True)

@@ -20,18 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmq.bench.random_models import random_model
 from llmq.config import QuantConfig
 from llmq.errors import LlmqError
 from llmq.eval.models import wait
 from llmq.evaluation import open_model
-from llmq.hf.parts import quiet
-from llmq.hf.serving import load
-from llmq.hf.shapes import random_model
-from llmq.joined import join, joined_linears, make_ready
-from llmq.linear import QuantLinear
+from llmq.hf.quantizer import load
+from llmq.hf.source_base import quiet
 from llmq.methods.base import Target
 from llmq.methods.rtn import rtn
-from llmq.plan import make_plan
+from llmq.quantization.plan import make_plan
+from llmq.serving.fused import join, joined_linears, make_ready
+from llmq.serving.linear import QuantLinear
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def of_checkpoint(original: Any, folder: str, dtype: str, device: str) -> list[V
 
 
 def of_shape(shape: str, config: QuantConfig, dtype: torch.dtype, device: str, seed: int = 0) -> list[Variant]:
-    """A random model of `llmq.hf.shapes`, and the same rounded to nearest as `config` says."""
+    """A random model of `llmq.bench.random_models`, and the same rounded to nearest as `config` says."""
     began = time.perf_counter()
     original = random_model(shape, dtype, device, seed)
     found = [Variant("original", original, _since(began, device), "random weights drawn on the device")]

@@ -24,11 +24,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from llmq.checkpoint.reader import INDEX, SINGLE, Checkpoint, open_checkpoint
 from llmq.errors import LlmqError
-from llmq.hf.gguf import load_gguf
-from llmq.hf.held import HeldSource
-from llmq.hf.parts import Source, quiet
 from llmq.hf.sidefiles import GENERATION, TOKENIZER_FILES, SideFiles
-from llmq.hf.streamed import StreamedSource
+from llmq.hf.source_base import Source, quiet
+from llmq.hf.source_folder import StreamedSource
+from llmq.hf.source_gguf import load_gguf
+from llmq.hf.source_memory import HeldSource
 
 __all__ = ["Source", "open_source"]
 

@@ -3,7 +3,7 @@
 transformers loads a checkpoint whose packed tensors are missing, misshaped or of another dtype without an error, and
 computes with what happens to be in memory. Here every quantized linear must have exactly its tensors, with the dtypes
 and shapes that follow from the model's own N and K; no other packed tensor may be there; what is stored of the rest of
-the model must have the model's shapes. Stored names are those that `save_pretrained` gives (`llmq.hf.names`); a prefix
+the model must have the model's shapes. Stored names are those that `save_pretrained` gives (`llmq.hf.stored_names`); a prefix
 of the base model may be absent, as transformers allows.
 """
 
@@ -20,7 +20,7 @@ from llmq.checkpoint.reader import Checkpoint, StoredTensor
 from llmq.core.grid import Grid
 from llmq.errors import LlmqError
 from llmq.formats import compressed_tensors as ct
-from llmq.hf.names import plan_names
+from llmq.hf.stored_names import plan_names
 
 SCALES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -1,7 +1,7 @@
 """AWQ: scale up the columns that meet large inputs before rounding, and scale their inputs down where they are produced.
 
 After Lin et al., arXiv 2306.00978, section 3.2: a column whose input is large gets finer steps when it is multiplied by
-s > 1 before rounding and its input divided by s. Per pair (`llmq.pairs`)
+s > 1 before rounding and its input divided by s. Per pair (`llmq.transforms.pairs`)
 
     s = mean|x|^a / mean|w|^b          per input channel; the paper's is b = 0, its code's "duo" b = 1 - a
 
@@ -25,12 +25,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from llmq.blocks.statistics import Observed
 from llmq.core.grid import Grid, quantize
 from llmq.core.quantized import QuantizedWeight
 from llmq.methods.scales import search
-from llmq.pairs import Pair, scale_consumer, scale_producer
-from llmq.statistics import Observed
 from llmq.transforms.base import PairReport, Proposal, Round, Task
+from llmq.transforms.pairs import Pair, scale_consumer, scale_producer
 
 ROWS = 128
 RATIO_STEP = 3  # while candidates are compared, every third ratio of the scale search is tried

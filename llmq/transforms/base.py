@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from llmq.blocks.statistics import Observed
 from llmq.core.grid import Grid
 from llmq.core.quantized import QuantizedWeight
-from llmq.pairs import Pair
-from llmq.statistics import Observed
+from llmq.transforms.pairs import Pair
 
 Round = Callable[[Tensor, Tensor, Grid], QuantizedWeight]
 """weight float32 [N, K], second moment float32 [K, K], grid -> the weight as the method rounds it."""

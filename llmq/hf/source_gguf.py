@@ -1,0 +1,92 @@
+"""A GGUF file as a model in memory: transformers' reader, made to read each file once and without its progress bar.
+
+That reader parses the file's header, vocabulary included, anew for the config, the weights and the tokenizer (three
+seconds each for 49,000 words), and builds the table of tensor names once per module of the model (five seconds for 30
+layers). Both are remembered while the file is being opened, and forgotten after.
+
+Left out: streaming. The tensors of a GGUF file lie in another order and, for some architectures, in another form;
+transformers converts them all at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
+from transformers import modeling_gguf_pytorch_utils as reading
+
+from llmq.errors import LlmqError
+from llmq.hf.sidefiles import SideFiles
+from llmq.hf.source_base import quiet
+
+
+def load_gguf(file: Path, dtype: torch.dtype, side: SideFiles) -> PreTrainedModel:
+    """The dequantized model in `file`, in `dtype`; the tokenizer of `side` is loaded too, where there is one.
+
+    Raises `LlmqError` with the reason where the file cannot be read.
+    """
+    if not file.is_file():
+        raise LlmqError(f"no such file: {file}")
+    if importlib.util.find_spec("gguf") is None:
+        raise LlmqError(f"{file} needs the gguf package to be read: run `pip install gguf`")
+    try:
+        with quiet(), _read_once():
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+            side.try_tokenizer()
+    except Exception as error:  # the reader raises what it likes on odd files
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise LlmqError(f"{file} is not a model that transformers reads from GGUF: {lines[0]}") from error
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """While open, no GGUF header is parsed twice."""
+    import gguf
+
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(gguf, "GGUFReader", lambda reader: functools.cache(_plain(reader))))
+        stack.enter_context(_replaced(gguf, "get_tensor_name_map", functools.cache))
+        stack.enter_context(_replaced(reading, "tqdm", lambda bar: functools.partial(bar, disable=True)))
+        yield
+
+
+def _plain(reader: Any) -> Any:
+    """The class `gguf.GGUFReader`, slicing a plain array: slices of a `numpy.memmap` cost it half of its time."""
+
+    class PlainReader(reader):  # type: ignore[misc]
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, numpy.asarray(value) if name == "data" else value)
+
+    return PlainReader
+
+
+@contextmanager
+def _replaced(module: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None]:
+    """While open, `module.name` is a wrapped one, if there is one."""
+    original = getattr(module, name, None)
+    if original is None:
+        yield
+        return
+    setattr(module, name, wrap(original))
+    try:
+        yield
+    finally:
+        setattr(module, name, original)

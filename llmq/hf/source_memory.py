@@ -1,0 +1,118 @@
+"""A model in memory, taken apart without changing it.
+
+The source works on a copy of the model's structure that shares the caller's tensors. Loading replaces them in the
+copy: outside the blocks by tensors in the right dtype and place (the caller's own, where those are right already;
+nothing writes to them), in a block by copies, which the caller of `load_block` may change. What is not a weight is
+copied with the structure, so settings of the copy (eval mode, config) are not the caller's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmq.errors import LlmqError
+from llmq.hf.sidefiles import SideFiles
+from llmq.hf.skeleton import build_skeleton
+from llmq.hf.source_base import Source, quiet
+
+
+class HeldSource(Source):
+    """A loaded model. See `Source` and the module."""
+
+    streamed = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        dtype: torch.dtype,
+        device: str | torch.device,
+        side: SideFiles,
+        description: str,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        _refuse_scattered(model)
+        tensors = chain(model.parameters(), model.buffers())
+        shared = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+        shared.eval()
+        shared.config.dtype = dtype
+        super().__init__(shared, dtype, device, side, description, notes)
+        self._held = list(self._blocks)
+        self._cast = _loaded_dtypes(shared, model.dtype, dtype)
+
+    def load_outer(self) -> None:
+        done: dict[int, nn.Parameter] = {}  # tied parameters stay one object
+        for prefix, module in self.model.named_modules():
+            if f"{prefix}.".startswith(f"{self.blocks_name}."):
+                continue
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    if id(parameter) not in done:
+                        done[id(parameter)] = self._moved(f"{prefix}.{name}".lstrip("."), parameter)
+                    module._parameters[name] = done[id(parameter)]
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    full = f"{prefix}.{name}".lstrip(".")
+                    module._buffers[name] = buffer.to(self.device, self._cast.get(full, buffer.dtype))
+
+    def load_block(self, index: int) -> nn.Module:
+        held, prefix = self._held[index], f"{self.blocks_name}.{index}"
+        copies: dict[int, Tensor] = {}
+        for name, parameter in held.named_parameters():
+            made = self._moved(f"{prefix}.{name}", parameter, copied=True)
+            copies[id(parameter)] = made
+        for name, buffer in held.named_buffers():
+            kind = self._cast.get(f"{prefix}.{name}", buffer.dtype)
+            copies[id(buffer)] = buffer.detach().to(self.device, kind, copy=True)
+        block: nn.Module = copy.deepcopy(held, copies)
+        self._blocks[index] = block
+        return block
+
+    def release_block(self, index: int) -> None:
+        self._blocks[index] = self._held[index]
+
+    def _dtypes(self) -> Mapping[str, torch.dtype]:
+        return self._cast
+
+    def _moved(self, name: str, parameter: Tensor, copied: bool = False) -> nn.Parameter:
+        tensor = parameter.detach().to(self.device, self._cast.get(name, parameter.dtype), copy=copied)
+        return nn.Parameter(tensor, requires_grad=False)
+
+
+def _loaded_dtypes(model: PreTrainedModel, native: torch.dtype, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """What every parameter and buffer is cast to when the model goes from `native` to `dtype`.
+
+    That is what `from_pretrained` would load it in: some parameters of some models stay in float32. One that the class
+    does not make by itself is cast where it has the model's dtype.
+    """
+    state = _tensors(model)
+    if dtype == native:
+        return {name: tensor.dtype for name, tensor in state.items()}
+    with quiet():
+        fresh = _tensors(build_skeleton(type(model)._from_config, copy.deepcopy(model.config), dtype))
+    found = {}
+    for name, tensor in state.items():
+        known = fresh.get(name)
+        found[name] = known.dtype if known is not None else dtype if tensor.dtype == native else tensor.dtype
+    return found
+
+
+def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {**model.state_dict(), **dict(model.named_buffers())}
+
+
+def _refuse_scattered(model: PreTrainedModel) -> None:
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        raise LlmqError(
+            "a loaded model must lie on one device; this one is spread out by a device_map: load it with one"
+        )
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.device.type == "meta":
+            raise LlmqError(
+                f"a loaded model must have its weights in memory; {name} is on meta (offloaded or not loaded)"
+            )

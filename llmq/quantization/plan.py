@@ -1,0 +1,120 @@
+"""Which linears are quantized, and on which grid: decided from names and shapes alone, before any weight is read.
+
+Every linear inside the decoder blocks is quantized; the output head, and any linear outside the blocks, stays as it is.
+`--ignore` adds to that. A group size that does not divide one linear's inputs gives way there to the largest smaller of
+128, 64, 32 that does, else to one scale per channel, and the plan says so; one that divides no linear is refused.
+What cannot be quantized at all (convolutions used as linears, experts fused into 3-D tensors) is refused here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from llmq.blocks.capture import find_blocks
+from llmq.config import FALLBACK_GROUP_SIZES, PER_CHANNEL, QuantConfig
+from llmq.core.grid import Grid
+from llmq.errors import LlmqError
+from llmq.formats.compressed_tensors import matches
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One linear to be quantized: its full module name, weight shape (N, K), grid, and why the grid is not the asked one."""
+
+    name: str
+    shape: tuple[int, int]
+    grid: Grid
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """linears: what is quantized, by module name. ignored: the names of all other linears. blocks: the blocks' names."""
+
+    linears: dict[str, Planned]
+    ignored: tuple[str, ...]
+    blocks: tuple[str, ...]
+
+    def of_block(self, block: str) -> dict[str, Planned]:
+        """The linears of one block, under their names inside it."""
+        prefix = f"{block}."
+        return {name[len(prefix) :]: row for name, row in self.linears.items() if name.startswith(prefix)}
+
+
+def make_plan(model: nn.Module, config: QuantConfig) -> Plan:
+    """The plan for a model (parameters may be on meta). Raises `LlmqError` for what cannot be done."""
+    prefix, blocks = find_blocks(model)
+    names = tuple(f"{prefix}.{index}" for index in range(len(blocks)))
+    for name, block in zip(names, blocks, strict=True):
+        _refuse_unsupported(name, block)
+    all_linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    inside = {name: m for name, m in all_linears.items() if name.startswith(f"{prefix}.")}
+    if not inside:
+        raise LlmqError(f"the blocks of {type(model).__name__} hold no nn.Linear: there is nothing to quantize")
+    kept = _ignored(all_linears, config.ignore)
+    chosen = {name: (m.out_features, m.in_features) for name, m in inside.items() if name not in kept}
+    if not chosen:
+        raise LlmqError(f"--ignore {' '.join(config.ignore)} leaves no linear to quantize")
+    linears = _with_grids(chosen, config)
+    return Plan(linears, tuple(name for name in all_linears if name not in linears), names)
+
+
+def _refuse_unsupported(name: str, block: nn.Module) -> None:
+    for inner, module in block.named_modules():
+        where = f"{name}.{inner}" if inner else name
+        if isinstance(module, nn.Conv1d):
+            raise LlmqError(f"{where} is a convolution: only models whose blocks are linears and norms are supported")
+        if type(module).__name__ == "Conv1D":
+            raise LlmqError(
+                f"{where} is a Conv1D (GPT-2's transposed linear), which no serving engine reads packed: not supported"
+            )
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3:
+                raise LlmqError(
+                    f"{where}.{key} is a 3-D tensor {list(parameter.shape)} (fused experts): "
+                    "mixture-of-experts models are not supported yet"
+                )
+
+
+def _ignored(linears: dict[str, nn.Linear], patterns: Sequence[str]) -> set[str]:
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = {
+            name for name, m in linears.items() if matches(pattern, name, [base.__name__ for base in type(m).__mro__])
+        }
+        if not hits:
+            some = ", ".join(list(linears)[:3])
+            raise LlmqError(
+                f"--ignore {pattern!r} matches no linear of this model (they are called {some}, ...); "
+                "give an exact name, a class name or re:REGEX"
+            )
+        found |= hits
+    return found
+
+
+def _with_grids(shapes: dict[str, tuple[int, int]], config: QuantConfig) -> dict[str, Planned]:
+    size = config.group_size
+    widths = sorted({columns for _, columns in shapes.values()})
+    if size != PER_CHANNEL and all(columns % size for columns in widths):
+        fitting = [g for g in FALLBACK_GROUP_SIZES if any(columns % g == 0 for columns in widths)]
+        remedy = f"use {', '.join(map(str, fitting))} or -1" if fitting else "use -1 (one scale per channel)"
+        raise LlmqError(
+            f"group_size must divide the in_features of some linear: this model has "
+            f"{' and '.join(map(str, widths))}, group_size is {size}; {remedy}"
+        )
+    return {name: _planned(name, shape, config) for name, shape in shapes.items()}
+
+
+def _planned(name: str, shape: tuple[int, int], config: QuantConfig) -> Planned:
+    size, columns = config.group_size, shape[1]
+    if size == PER_CHANNEL:
+        return Planned(name, shape, Grid(config.bits, None, config.symmetric))
+    if columns % size == 0:
+        return Planned(name, shape, Grid(config.bits, size, config.symmetric))
+    smaller = next((g for g in FALLBACK_GROUP_SIZES if g < size and columns % g == 0), None)
+    how = f"groups of {smaller}" if smaller else "one scale per channel"
+    note = f"{size} does not divide {columns}: {how}"
+    return Planned(name, shape, Grid(config.bits, smaller, config.symmetric), note)

@@ -1,0 +1,1 @@
+"""Modules whose weights stay packed, and which kernel runs them."""

@@ -1,0 +1,94 @@
+"""What is told of each linear's kernel and launch, and that each distinct problem is run once beforehand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import llmq
+from llmq.kernels import cpu_int4, slab, wna16
+from llmq.kernels.launch import Device
+from llmq.kernels.problem import Problem
+from llmq.serving.linear import QuantLinear
+from tests.fixtures import DISK, IDS, checkpoint
+
+
+def test_rows_and_joined_linears_are_told(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "a")
+    plain, fused = llmq.load(folder), llmq.load(folder, fuse=True)
+    first = llmq.explain(fused)[0]
+    assert (first.few_rows, first.launch, first.joined) == ("cpu_int4", None, ("q_proj", "k_proj", "v_proj"))
+    assert "; 1 row: cpu_int4 for q_proj, k_proj, v_proj as one; 512 rows: slab" in str(first)
+    assert llmq.explain(fused)[3].joined == ()
+    assert all(row.joined == () for row in llmq.explain(plain))
+    many = llmq.explain(fused, rows=64)[0]
+    assert (many.few_rows, many.joined) == ("slab", ())
+    assert "(cpu_int4 is for up to 48 rows" in str(many)
+    for wrong, told in (
+        ({"rows": 0}, "rows must be at least 1; got 0"),
+        ({"rows": 1.5}, "rows must be whole numbers; got 1.5"),
+        ({"dtype": "bfloat16"}, "dtype must be a torch.dtype; got 'bfloat16'"),
+    ):
+        with pytest.raises(llmq.LlmqError, match=told):
+            llmq.explain(plain, **wrong)
+
+
+def test_printed_linears_alike_are_told_together(tmp_path: Path) -> None:
+    rows = llmq.explain(llmq.load(checkpoint(tmp_path / "a"), fuse=True))
+    assert rows[1].told == rows[0].told
+    lines = str(rows).splitlines()
+    layers = len({row.name.split(".")[2] for row in rows})
+    assert lines[0] == f"{3 * layers} linears: {rows[0].told}"
+    assert lines[1] == f"    model.layers.{{0-{layers - 1}}}.self_attn.{{q_proj, k_proj, v_proj}}"
+
+
+def test_a_launch_says_where_it_is_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wna16, "device_of", lambda _: Device("sm_90", 132))
+    problem = Problem(4096, 4096, 4, 128, True, torch.float16, torch.float16, "cuda")
+    told = wna16.launch_of(problem, 1, torch.device("cuda"))
+    assert told is not None
+    assert told.startswith("bm8 bn")
+    assert told.endswith("assembly (measured)") or told.endswith("assembly (by rule)")
+    assert wna16.launch_of(problem, 0, torch.device("cuda")) is None
+
+
+@pytest.mark.parametrize(("fuse", "problems"), [(False, 4), (True, 4)])
+def test_each_distinct_problem_is_run_once(
+    tmp_path: Path, fuse: bool, problems: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = llmq.load(checkpoint(tmp_path / "a"), fuse=fuse), []
+    for kernel in (cpu_int4, slab):
+        run = kernel.run
+        monkeypatch.setattr(
+            kernel, "run", lambda *args, r=run, n=kernel.NAME: seen.append((n, len(args[0]))) or r(*args)
+        )
+    rows = llmq.warmup(model)
+    assert {(row.n, row.k) for row in rows} == (
+        {(128, 64), (64, 64), (256, 64), (64, 128)} if fuse else {(64, 64), (32, 64), (128, 64), (64, 128)}
+    )
+    assert seen == [("cpu_int4", 1)] * problems
+    seen.clear()
+    rows = llmq.warmup(model, rows=[1, 2, 100])
+    assert sorted(set(seen)) == [("cpu_int4", 1), ("cpu_int4", 2), ("slab", 100)]
+    assert len(seen) == len(rows) == 2 * problems + 4
+    with pytest.raises(llmq.LlmqError, match="rows must be at least 1; got 0"):
+        llmq.warmup(model, [1, 0])
+
+
+def test_after_it_nothing_is_left_to_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoint(tmp_path / "a")
+    model = llmq.load(folder, fuse=True, dtype=torch.float32)
+    assert all(row.kernel == "slab" for row in llmq.warmup(model))
+    llmq.warmup(model.to(torch.bfloat16))
+    monkeypatch.setattr(cpu_int4, "prepare", lambda _: pytest.fail("a layout was missing"))
+    with torch.no_grad():
+        model(IDS[:1, :1])
+
+
+def test_offloaded_weights_are_left_alone(tmp_path: Path) -> None:
+    layers = {f"model.layers.{i}": "disk" if i > 1 else "cpu" for i in range(4)}
+    model = llmq.load(checkpoint(tmp_path / "a"), device_map={**DISK, **layers}, offload_folder=tmp_path / "off")
+    assert len(llmq.warmup(model)) == 4
+    assert all(m._layouts == {} for m in model.modules() if isinstance(m, QuantLinear) and m.streamed)

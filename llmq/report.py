@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llmq.config import QuantConfig
-from llmq.quantization.block import LinearReport
+from llmq.quantization.rounding import LinearReport
 from llmq.transforms.base import PairReport
 
 

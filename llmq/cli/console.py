@@ -23,7 +23,7 @@ from llmq.names import gathered_names, some
 if TYPE_CHECKING:
     from llmq.eval.latency import Latency
     from llmq.eval.perplexity import Perplexity
-    from llmq.quantization.block import LinearReport
+    from llmq.quantization.rounding import LinearReport
     from llmq.quantization.sizing import Preview
     from llmq.report import Report
     from llmq.transforms.base import PairReport
@@ -107,7 +107,7 @@ def _print_pairs(console: Console, report: Report) -> None:
         fed = "" if pair.producer is None else f"{pair.producer.rpartition('.')[2]} -> "
         kinds.setdefault(fed + what, []).append(pair)
     for kind, pairs in kinds.items():
-        scaled = [pair.held for pair in pairs if pair.note is None and pair.held is not None]
+        scaled = [pair.held_out_ratio for pair in pairs if pair.note is None and pair.held_out_ratio is not None]
         gain = f", error on held-out windows x {sum(scaled) / len(scaled):.2f}" if scaled else ""
         reasons = Counter(pair.note for pair in pairs if pair.note)
         why = "".join(f"; {count} not: {reason}" for reason, count in reasons.items())
@@ -136,7 +136,7 @@ def _averages(rows: Sequence[LinearReport]) -> list[str]:
         f"{error:.5f}",
         f"{baseline:.5f}",
         f"{error / baseline:.2f}" if baseline else "-",
-        f"{mean([r.ends for r in rows]):.1%}",
+        f"{mean([r.saturated for r in rows]):.1%}",
         f"{mean([r.clipped for r in rows]):.1%}",
         "/".join(groups),
         f"{sum(r.seconds for r in rows):.1f}",

@@ -32,7 +32,6 @@ from llmq.config import SELF, Calibration, QuantConfig, method
 from llmq.core.quantized import QuantizedWeight
 from llmq.errors import LlmqError
 from llmq.eval.models import context_length
-from llmq.formats import compressed_tensors as ct
 from llmq.memory import peak_rss_bytes
 from llmq.quantization.block import LinearReport
 from llmq.quantization.holdout import few_tokens_notes
@@ -78,7 +77,7 @@ def quantize(
     refuse_overlap(output, _inputs(source, calibration))
     opened = open_source(source, dtype=config.dtype, device=pick_device(device), revision=revision)
     refuse_overlap(output, opened.files)
-    plan = make_plan(opened.model, config)
+    plan = make_plan(opened.model, config, opened.dtype)
     specs = planned_specs(opened, plan)
     with StagedCheckpoint(Path(output), specs, max_shard_size, overwrite) as staged:
         windows, told = _windows(opened, config, calibration, progress)
@@ -91,7 +90,7 @@ def quantize(
             dtype=str(opened.dtype).removeprefix("torch."),
             seconds=time.perf_counter() - began,
             peak_rss_bytes=peak_rss_bytes(),
-            bits_per_weight=bits_per_weight(plan, opened.dtype),
+            bits_per_weight=bits_per_weight(plan),
             checkpoint_bytes=sum(spec.nbytes for spec in specs.values()),
             calibration=told,
             fallbacks=tuple(f"{row.name}: {note}" for row in rows for note in row.notes),
@@ -137,7 +136,7 @@ def preview(
 
     config = config or QuantConfig()
     opened = open_source(source, dtype=config.dtype, device="cpu", revision=revision)
-    plan = make_plan(opened.model, config)
+    plan = make_plan(opened.model, config, opened.dtype)
     calibration = calibration or Calibration()
     if not method(config.method).calibrated:
         return make_preview(opened, plan, 0)
@@ -234,7 +233,7 @@ def _run(
             if name not in dense:
                 staged.write(name, tensor)
         for name, weight in dense.items():
-            for suffix, tensor in ct.encode(weight).items():
+            for suffix, tensor in plan.format.encode(weight).items():
                 staged.write(f"{name.removesuffix('weight')}{suffix}", tensor)
 
     captured, probe = _capture(source, windows)
@@ -257,21 +256,20 @@ def _capture(source: Source, windows: Tensor) -> tuple[Captured, Captured]:
 
 def quantization_config(source: Source, plan: Plan, config: QuantConfig) -> dict[str, Any]:
     """config.json's `quantization_config`, with what made it as a top-level key that every reader ignores."""
-    grids = {source.checkpoint_name(name): row.grid for name, row in plan.linears.items()}
+    schemes = {source.checkpoint_name(name): row.scheme for name, row in plan.linears.items()}
     # Both names where they differ: engines match the files' names, transformers the modules'.
     ignored = list(dict.fromkeys(n for name in plan.ignored for n in (source.checkpoint_name(name), name)))
-    return ct.config(grids, ignored, method(config.method).ordered) | {
+    return plan.format.config(schemes, ignored, method(config.method).ordered) | {
         "llmq": {"version": _versions()["llmq"], **config.to_dict()}
     }
 
 
-def bits_per_weight(plan: Plan, dtype: torch.dtype) -> float:
+def bits_per_weight(plan: Plan) -> float:
     """Stored bits per weight of the quantized linears, scales and zero points included."""
     stored = weights = 0
     for row in plan.linears.values():
-        stored += sum(
-            spec.nbytes for key, spec in ct.specs(row.shape, row.grid, dtype).items() if key != "weight_shape"
-        )
+        specs = plan.format.specs(row.shape, row.scheme)
+        stored += sum(spec.nbytes for name, spec in specs.items() if name not in plan.format.metadata_names)
         weights += row.shape[0] * row.shape[1]
     return 8 * stored / weights
 

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from llmq.core.grid import Grid
+from llmq.core.scheme import ActivationGrid, Scheme
 from llmq.errors import LlmqError
-from llmq.formats import compressed_tensors as ct
+from llmq.formats import IN_MEMORY
 from llmq.kernels import cpu_int4, slab
 from llmq.serving.linear import QuantLinear
 from tests.fixtures import BF16, K, N, quantized_weight, rows
@@ -57,7 +58,7 @@ def test_state_is_the_stored_tensors_before_and_after_use() -> None:
     with torch.no_grad():
         module(rows(1))
         module(rows(100))
-    stored = ct.encode(weight)
+    stored = IN_MEMORY.encode(weight)
     assert set(module.state_dict()) == set(stored)
     assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in stored.items())
     assert not any(parameter.requires_grad for parameter in module.parameters())
@@ -70,10 +71,10 @@ def test_state_is_the_stored_tensors_before_and_after_use() -> None:
 
 
 def test_on_meta_it_declares_what_is_stored() -> None:
-    grid = Grid(4, 32, False)
-    module = QuantLinear(K, N, grid, F16, bias=F32, device="meta")
+    scheme = Scheme(Grid(4, 32, False), None, F16)
+    module = QuantLinear(K, N, scheme, bias=F32, device="meta")
     declared = {name: (t.dtype, tuple(t.shape)) for name, t in module.named_parameters()}
-    specs = {name: (spec.dtype, spec.shape) for name, spec in ct.specs((N, K), grid, F16).items()}
+    specs = {name: (spec.dtype, spec.shape) for name, spec in IN_MEMORY.specs((N, K), scheme).items()}
     assert declared == specs | {"bias": (F32, (N,))}
     assert all(parameter.is_meta for parameter in module.parameters())
     assert repr(module) == "QuantLinear(96, 48, bias=True, int4 asymmetric, groups of 32)"
@@ -267,7 +268,14 @@ def test_kernels_can_be_forced_and_say_when_they_cannot() -> None:
         linear()(x[:, 1:])
 
 
-def test_scales_per_tensor_are_refused() -> None:
-    grid = Grid(4, None, True, per_tensor=True)
-    with pytest.raises(LlmqError, match="not per tensor"):
-        QuantLinear.from_quantized(quantized_weight(grid))
+def test_quantized_activations_are_refused() -> None:
+    scheme = Scheme(Grid(8, None, True), ActivationGrid(8, "token", symmetric=True, dynamic=True), F16)
+    with pytest.raises(LlmqError, match="weight-only schemes; this one quantizes activations: dynamic int8 per token"):
+        QuantLinear(K, N, scheme, device="meta")
+
+
+def test_stored_tensors_that_contradict_the_scheme_are_refused() -> None:
+    module = linear(bias=False)
+    module.weight_scale = nn.Parameter(module.weight_scale.data.to(F16), requires_grad=False)
+    with pytest.raises(LlmqError, match=r"weight_scale must be torch.bfloat16 \[48, 3\]; got torch.float16"):
+        module.quantized_weight()

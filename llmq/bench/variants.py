@@ -85,9 +85,9 @@ def of_shape(shape: str, config: QuantConfig, dtype: torch.dtype, device: str, s
 def packed_twin(model: Any, config: QuantConfig) -> Any:
     """A model whose blocks' linears are those of `model` rounded to nearest; it shares every other tensor with it."""
     twin = sharing_copy(model)
-    for name, row in make_plan(model, config).linears.items():
+    for name, row in make_plan(model, config, model.dtype).linears.items():
         linear = model.get_submodule(name)
-        target = Target(row.grid, linear.weight.dtype, str(config.scales), config.damping)
+        target = Target(row.scheme.weight, linear.weight.dtype, str(config.scales), config.damping)
         rounded = rtn(linear.weight.float(), None, target).weight
         twin.set_submodule(name, QuantLinear.from_quantized(rounded, linear.bias))
     return twin.eval()

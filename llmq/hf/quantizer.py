@@ -31,8 +31,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmq.checkpoint.reader import Checkpoint, open_checkpoint
 from llmq.errors import LlmqError
-from llmq.formats import compressed_tensors as ct
-from llmq.hf.verify import PackedLinear, check_values, find_linears
+from llmq.formats import FORMATS, IN_MEMORY, format_of, unsupported_reason
+from llmq.formats.base import Format
+from llmq.hf.verify import PackedLinear, find_linears
 from llmq.serving.fused import join, make_ready
 from llmq.serving.linear import QuantLinear
 
@@ -48,9 +49,12 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(self, stored: Mapping[str, Any], kernel: str | None = None, ready: bool = True) -> None:
         self.quant_method = OURS
-        self.stored = {**stored, "quant_method": ct.NAME}
+        self.stored = dict(stored)
         self.kernel, self.ready = kernel, ready
-        self.layout = ct.parse(self.stored)
+        stored_format = format_of(stored)
+        if stored_format is None:
+            raise LlmqError(f"llmq cannot run this checkpoint: {unsupported_reason(stored)}")
+        self.format, self.layout = stored_format, stored_format.parse(stored)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -77,24 +81,24 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         self._checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent) if checkpoint_files else None
-        self._linears = find_linears(model, self.quantization_config.layout, self._checkpoint)
+        config = self.quantization_config
+        self._linears = find_linears(model, config.format, config.layout, self._checkpoint)
         for linear in self._linears:
             rows, columns = linear.shape
-            made = QuantLinear(
-                columns, rows, linear.grid, linear.scale_dtype, linear.bias, self.quantization_config.kernel, "meta"
-            )
-            model.set_submodule(linear.name, made)
+            module = QuantLinear(columns, rows, linear.scheme, linear.bias, config.kernel, "meta")
+            model.set_submodule(linear.name, module)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        config = self.quantization_config
         for linear in self._linears:
             module = model.get_submodule(linear.name)
             module.requires_grad_(False)  # which transformers asks for on every float that it loads
             # Offloaded tensors are on meta now; what will be brought in lies in the files.
             module.streamed = module.weight_packed.device.type == "meta"
-            _finish(module, linear, self._checkpoint if module.streamed else None)
+            _finish(module, linear, config.format, self._checkpoint if module.streamed else None)
         for linear in self._linears:
             module = model.get_submodule(linear.name)
-            if self.quantization_config.ready and not module.streamed:
+            if config.ready and not module.streamed:
                 module.ready(model.dtype)
         del self._checkpoint, self._linears
         return model
@@ -112,26 +116,23 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def _finish(module: QuantLinear, linear: PackedLinear, checkpoint: Checkpoint | None) -> None:
+def _finish(module: QuantLinear, linear: PackedLinear, stored_format: Format, checkpoint: Checkpoint | None) -> None:
+    """Restore the scales' dtype and check values: those in memory, or in `checkpoint` where tensors are offloaded."""
     if checkpoint is not None:
-        names = {local: f"{linear.stored}.{local}" for local in ("weight_shape", "weight_scale")}
+        names = {local: f"{linear.stored}.{local}" for local in _checked(stored_format)}
         read = checkpoint.read(names.values())
-        check_values(linear.name, linear.shape, {local: read[name] for local, name in names.items()})
+        values = {local: read[name] for local, name in names.items()}
+        stored_format.check_values(values, linear.shape, f"{linear.name}.")
     elif not module.streamed:
-        if module.weight_scale.dtype != linear.scale_dtype:  # a part that the model keeps in float32
-            module.weight_scale.data = module.weight_scale.data.to(linear.scale_dtype)
-        check_values(
-            linear.name, linear.shape, {"weight_shape": module.weight_shape, "weight_scale": module.weight_scale}
-        )
+        if module.weight_scale.dtype != linear.scheme.scale_dtype:  # the model keeps this part in float32
+            module.weight_scale.data = module.weight_scale.data.to(linear.scheme.scale_dtype)
+        values = {local: getattr(module, local) for local in _checked(IN_MEMORY)}
+        IN_MEMORY.check_values(values, linear.shape, f"{linear.name}.")
 
 
-def is_quantized(path: str | Path, **hub: Any) -> bool:
-    """Whether a folder or repo holds a checkpoint with a `quantization_config` that `load` runs.
-
-    hub: as of `from_pretrained` (revision, token, ...). Raises transformers' OSError where there is no config to read.
-    """
-    stored = stored_scheme(path, **hub)
-    return stored is not None and ct.foreign(stored) is None
+def _checked(each: Format) -> tuple[str, ...]:
+    """The local names of the tensors whose values are checked."""
+    return (each.scale_name, *each.metadata_names)
 
 
 def stored_scheme(path: str | Path, **hub: Any) -> dict[str, Any] | None:
@@ -160,9 +161,9 @@ def load(path: str | Path, kernel: str | None = None, fuse: bool = False, **kwar
         stored = stored.stored
     if not isinstance(stored, dict):
         raise LlmqError(f"{path} is not quantized: load it with transformers.AutoModelForCausalLM.from_pretrained")
-    reason = ct.foreign(stored)
+    reason = unsupported_reason(stored)
     if reason:
-        raise LlmqError(f"{path} is not for llmq to run ({reason}): load it with transformers.AutoModelForCausalLM")
+        raise LlmqError(f"llmq cannot run {path}: {reason}; load it with transformers.AutoModelForCausalLM")
     _register()
     config = copy.deepcopy(config)
     config.quantization_config = PackedConfig(stored, kernel, ready=not fuse)
@@ -205,15 +206,21 @@ def enable() -> None:
     twice is calling it once. While it holds, a `CompressedTensorsConfig` cannot be given for a checkpoint of ours.
     """
     _register()
-    stock = AUTO_QUANTIZATION_CONFIG_MAPPING[ct.NAME]
-    if not hasattr(stock, "stands_for"):
-        AUTO_QUANTIZATION_CONFIG_MAPPING[ct.NAME] = _dispatching(stock)
+    for name, stock in _registered_classes():
+        if not hasattr(stock, "replaces"):
+            AUTO_QUANTIZATION_CONFIG_MAPPING[name] = _dispatching(stock)
 
 
 def disable() -> None:
-    """Put back the class that `enable` found."""
-    found = AUTO_QUANTIZATION_CONFIG_MAPPING[ct.NAME]
-    AUTO_QUANTIZATION_CONFIG_MAPPING[ct.NAME] = getattr(found, "stands_for", found)
+    """Restore the classes that `enable` replaced."""
+    for name, current in _registered_classes():
+        AUTO_QUANTIZATION_CONFIG_MAPPING[name] = getattr(current, "replaces", current)
+
+
+def _registered_classes() -> list[tuple[str, type]]:
+    """The names of formats that transformers has a config class for too, with that class."""
+    names = [each.name for each in FORMATS if each.name in AUTO_QUANTIZATION_CONFIG_MAPPING]
+    return [(name, AUTO_QUANTIZATION_CONFIG_MAPPING[name]) for name in names]
 
 
 def _register() -> None:
@@ -222,14 +229,14 @@ def _register() -> None:
 
 
 def _dispatching(stock: type) -> type:
-    """`stock`, but for configs of ours."""
+    """A subclass of `stock` that makes a `PackedConfig` of configs that llmq runs, and a `stock` of all others."""
 
     class Dispatching(stock):  # type: ignore[misc]
-        stands_for = stock
+        replaces = stock
 
         @classmethod
         def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            ours = ct.foreign(config_dict) is None
-            return (PackedConfig if ours else cls.stands_for).from_dict(config_dict, *args, **kwargs)  # type: ignore[attr-defined]
+            supported = unsupported_reason(config_dict) is None
+            return (PackedConfig if supported else cls.replaces).from_dict(config_dict, *args, **kwargs)  # type: ignore[attr-defined]
 
     return Dispatching

@@ -73,6 +73,8 @@ class BlockWork:
         self._method = method(config.method)
         self._rounding = rounding(self._method.rounding)
         self._planned = plan.of_block(name)
+        # The format stores all scales of a model in one dtype; where the block has no planned linear, none is used.
+        self._scale_dtype = next((row.scheme.scale_dtype for row in self._planned.values()), dtype)
         self._linears = linears(block)
         self._moment: SecondMoment | None = None
         self._holdout: Holdout | None = None
@@ -107,8 +109,8 @@ class BlockWork:
             for pair in pairs
             if isinstance(pair, NoPair)
         }
-        grids = {name: self._planned[name].grid for group in groups for name in group}
-        task = Task(grids, lambda w, h, grid: self._rounding(w, h, self._target(grid)).weight, self._dtype)
+        grids = {name: self._planned[name].scheme.weight for group in groups for name in group}
+        task = Task(grids, lambda w, h, grid: self._rounding(w, h, self._target(grid)).weight, self._scale_dtype)
         watchers: list[Watcher] = []  # of the pair at hand
 
         def see(_: int, x: Tensor) -> None:
@@ -140,7 +142,7 @@ class BlockWork:
 
     def _target(self, grid: Grid) -> Target:
         assert self._config.scales is not None
-        return Target(grid, self._dtype, self._config.scales, self._config.damping)
+        return Target(grid, self._scale_dtype, self._config.scales, self._config.damping)
 
     def _see(self, gate: int, x: Tensor) -> None:
         if self._moment is None:
@@ -159,8 +161,8 @@ class BlockWork:
     def _round(self, group: Sequence[str], hessian: Tensor | None, tokens: int) -> None:
         """Round the linears of one input group, one stacked weight per grid, and write them back."""
         sampled = []
-        for grid in dict.fromkeys(self._planned[name].grid for name in group):
-            names = [name for name in group if self._planned[name].grid == grid]
+        for grid in dict.fromkeys(self._planned[name].scheme.weight for name in group):
+            names = [name for name in group if self._planned[name].scheme.weight == grid]
             weight = torch.cat([self._linears[name].weight.detach().float() for name in names])
             target = self._target(grid)
             try:
@@ -219,7 +221,7 @@ class BlockWork:
                 planned.name,
                 planned.shape,
                 codes.bits,
-                planned.grid.group_size,
+                planned.scheme.weight.group_size,
                 error,
                 rtn_error,
                 _share_at_ends(codes),

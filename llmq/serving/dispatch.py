@@ -88,10 +88,11 @@ def _explained(name: str, module: QuantLinear, dtype: torch.dtype, rows: int) ->
         if whole.kernel.JOINS:
             few, run = whole, module.together.whole
             joined = tuple(member.rpartition(".")[2] for member in module.together.names)
-    size = "channel" if module.grid.group_size is None else f"g{module.grid.group_size}"
+    grid = module.scheme.weight
+    size = "channel" if grid.group_size is None else f"g{grid.group_size}"
     return Explanation(
         name,
-        f"int{module.grid.bits} {size} {'sym' if module.grid.symmetric else 'asym'}",
+        f"int{grid.bits} {size} {'sym' if grid.symmetric else 'asym'}",
         few.kernel.NAME,
         many.kernel.NAME,
         _reasons(few, many, rows),

@@ -82,7 +82,8 @@ class Whole(QuantLinear):
     def __init__(self, members: Sequence[QuantLinear]) -> None:
         first = members[0]
         rows = sum(member.out_features for member in members)
-        super().__init__(first.in_features, rows, first.grid, first.weight_scale.dtype, None, first.kernel, "meta")
+        scheme = replace(first.scheme, scale_dtype=first.weight_scale.dtype)
+        super().__init__(first.in_features, rows, scheme, None, first.kernel, "meta")
         self._biases: tuple[tuple[Tensor, ...], Tensor] | None
         self.members = tuple(members)  # a tuple, which torch takes for no submodule
 
@@ -113,7 +114,7 @@ class Whole(QuantLinear):
             rows=self.out_features,
             weight=torch.cat([part.weight for part in parts]),
             scale=torch.cat([part.scale for part in parts]),
-            zero=_zeros(zeros, [part.rows for part in parts], self.grid.bits) if zeros else None,
+            zero=_zeros(zeros, [part.rows for part in parts], self.scheme.weight.bits) if zeros else None,
             parts=tuple(parts),
         )
 
@@ -216,7 +217,7 @@ def shared_inputs(model: nn.Module) -> list[tuple[str, ...]]:
 def _refusal(members: Sequence[QuantLinear]) -> str | None:
     """Why linears cannot be one (what follows "they"); None where they can."""
     told: dict[str, set[object]] = {
-        "have different bits, groups or symmetry": {str(member.grid) for member in members},
+        "have different bits, groups or symmetry": {str(member.scheme.weight) for member in members},
         "have scales of different dtypes": {str(member.weight_scale.dtype) for member in members},
         "are on different devices": {str(member.device) for member in members},
         "are partly with a bias, or have biases of different dtypes": {

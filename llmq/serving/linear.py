@@ -1,6 +1,6 @@
 """`QuantLinear`: a linear whose weight stays packed, in memory as on disk.
 
-State is the on-disk tensors under their on-disk names (`llmq.formats.compressed_tensors`), so `save_pretrained` writes
+State is the on-disk tensors under their on-disk names (`llmq.formats.IN_MEMORY`), so `save_pretrained` writes
 them as they are. Scales keep their stored dtype whatever the module is cast to; a bias follows.
 
 What a kernel makes of the stored tensors (its runtime layout) is a cache: never in a state dict, a copy or a pickle,
@@ -23,10 +23,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from llmq.core.grid import Grid
 from llmq.core.quantized import QuantizedWeight
+from llmq.core.scheme import Scheme, scheme_of
 from llmq.errors import LlmqError
-from llmq.formats import compressed_tensors as ct
+from llmq.formats import IN_MEMORY
 from llmq.kernels.problem import Kernel, Packed, Problem
 from llmq.kernels.registry import Choice, Step, choose, steps
 
@@ -45,7 +45,7 @@ class QuantLinear(nn.Module):
     """y = x @ dequantized(weight)^T + bias. x: [..., in_features], floating; y: [..., out_features] in x's dtype, or
     autocast's.
 
-    grid: bits, group size, symmetry. dtype: of the scales. bias: its dtype, None for no bias. kernel: force one of
+    scheme: the weight's grid and the dtype of its scales. bias: its dtype, None for no bias. kernel: force one of
     `llmq.kernels.registry` by name; `LlmqError` with all reasons at the first forward that it cannot run.
     streamed: whether the tensors are brought in for each forward and taken away after.
     together, place: the linears that this one is run with, and which of them it is: set by `llmq.serving.fused.join`.
@@ -60,18 +60,21 @@ class QuantLinear(nn.Module):
         self,
         in_features: int,
         out_features: int,
-        grid: Grid,
-        dtype: torch.dtype,
+        scheme: Scheme,
         bias: torch.dtype | None = None,
         kernel: str | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.grid, self.kernel = in_features, out_features, grid, kernel
+        if scheme.activation is not None:
+            raise LlmqError(
+                f"QuantLinear runs weight-only schemes; this one quantizes activations: {scheme.activation}"
+            )
+        self.in_features, self.out_features, self.scheme, self.kernel = in_features, out_features, scheme, kernel
         self.streamed = False
         self.together: Together | None = None
         self.place = 0
-        for name, spec in ct.specs((out_features, in_features), grid, dtype).items():
+        for name, spec in IN_MEMORY.specs((out_features, in_features), scheme).items():
             self.register_parameter(name, _parameter(torch.empty(spec.shape, dtype=spec.dtype, device=device)))
         kept = None if bias is None else _parameter(torch.empty(out_features, dtype=bias, device=device))
         self.register_parameter("bias", kept)
@@ -81,12 +84,10 @@ class QuantLinear(nn.Module):
     def from_quantized(
         cls, weight: QuantizedWeight, bias: Tensor | None = None, kernel: str | None = None
     ) -> QuantLinear:
-        """The linear of a quantized weight, on its device. `LlmqError` for scales per tensor, which are not stored."""
+        """The linear of a quantized weight, on its device. Raises `LlmqError` for a scheme that cannot be stored."""
         rows, columns = weight.shape
-        size = None if weight.group_size == columns else weight.group_size
-        grid = Grid(weight.bits, size, weight.symmetric)
-        made = cls(columns, rows, grid, weight.scale.dtype, None if bias is None else bias.dtype, kernel, "meta")
-        for name, tensor in ct.encode(weight).items():
+        made = cls(columns, rows, scheme_of(weight), None if bias is None else bias.dtype, kernel, "meta")
+        for name, tensor in IN_MEMORY.encode(weight).items():
             setattr(made, name, _parameter(tensor))
         if bias is not None:
             made.bias = _parameter(bias.detach())
@@ -127,9 +128,9 @@ class QuantLinear(nn.Module):
         return Problem(
             rows=self.out_features,
             columns=self.in_features,
-            bits=self.grid.bits,
-            group_size=self.grid.columns_per_group(self.in_features),
-            symmetric=self.grid.symmetric,
+            bits=self.scheme.weight.bits,
+            group_size=self.scheme.weight.columns_per_group(self.in_features),
+            symmetric=self.scheme.weight.symmetric,
             scale_dtype=self.weight_scale.dtype,
             dtype=dtype,
             device=self.device.type,
@@ -142,8 +143,8 @@ class QuantLinear(nn.Module):
 
     def quantized_weight(self) -> QuantizedWeight:
         """The weight as codes, scales and zero points. `LlmqError` where the stored tensors contradict each other."""
-        tensors = {name: getattr(self, name).data for name in ct.SUFFIXES if hasattr(self, name)}
-        return ct.decode(tensors, self.grid)
+        tensors = {name: getattr(self, name).data for name in IN_MEMORY.tensor_names if hasattr(self, name)}
+        return IN_MEMORY.decode(tensors, self.scheme)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight [N, K], in the scales' dtype where none is given."""
@@ -183,9 +184,10 @@ class QuantLinear(nn.Module):
 
     def packed(self) -> Packed:
         """The weight as kernels see it."""
-        size, (weight, scale, zero) = self.grid.columns_per_group(self.in_features), self._stored()
+        grid, (weight, scale, zero) = self.scheme.weight, self._stored()
+        size = grid.columns_per_group(self.in_features)
         assert weight is not None and scale is not None  # noqa: PT018 - of an empty slot, torch's own error comes first
-        return Packed(self.out_features, self.in_features, self.grid.bits, size, weight, scale, zero)
+        return Packed(self.out_features, self.in_features, grid.bits, size, weight, scale, zero)
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
         bias = self._parameters["bias"]
@@ -233,11 +235,10 @@ class QuantLinear(nn.Module):
         return {**self.__dict__, "_ladders": {}, "_layouts": {}}
 
     def extra_repr(self) -> str:
-        size = "per channel" if self.grid.group_size is None else f"groups of {self.grid.group_size}"
-        kind = "symmetric" if self.grid.symmetric else "asymmetric"
-        return (
-            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, int{self.grid.bits} {kind}, {size}"
-        )
+        grid = self.scheme.weight
+        size = "per channel" if grid.group_size is None else f"groups of {grid.group_size}"
+        kind = "symmetric" if grid.symmetric else "asymmetric"
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, int{grid.bits} {kind}, {size}"
 
 
 def under_autocast(x: Tensor) -> Tensor:

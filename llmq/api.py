@@ -245,10 +245,13 @@ def _capture(source: Source, windows: Tensor) -> tuple[Captured, Captured]:
     results never depend on memory.
     """
     batches = torch.split(windows, max(1, TOKENS_PER_BATCH // windows.shape[1]))
+    from llmq.hf.text_decoder import text_decoder
+
     device = source.device
+    decoder = text_decoder(source.config, source.model).module
 
     def run(ids: Tensor) -> object:
-        return source.model.base_model(input_ids=ids.to(device), use_cache=False)
+        return decoder(input_ids=ids.to(device), use_cache=False)
 
     few = windows[:1, :PROBE_TOKENS]
     return capture(source.model, run, batches), capture(source.model, run, [few])

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from llmq.errors import LlmqError
+from llmq.hf.text_decoder import text_decoder
 
 STEPS_BETWEEN_CHECKS = 16  # whether all sequences have ended is read on the host, which waits for the device
 # Settings of a generation config that change which token is the likeliest, and what says that they do nothing.
@@ -259,6 +260,6 @@ def _refuse(model: PreTrainedModel, length: int) -> None:
         raise LlmqError(
             f"generate_fast takes the likeliest token, and {asked[0]} is {value}: use generate, or set it to None"
         )
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = getattr(text_decoder(model.config, model).config, "max_position_embeddings", None)
     if isinstance(context, int) and length > context:
         raise LlmqError(f"prompt and new tokens must fit the model's context of {context}; got {length}")

@@ -33,8 +33,9 @@ from llmq.checkpoint.reader import Checkpoint, open_checkpoint
 from llmq.errors import LlmqError
 from llmq.formats import FORMATS, IN_MEMORY, format_of, unsupported_reason
 from llmq.formats.base import Format
+from llmq.hf.text_decoder import text_decoder
 from llmq.hf.verify import PackedLinear, find_linears
-from llmq.serving.fused import join, make_ready
+from llmq.serving.fused import fuse_linears, make_ready
 from llmq.serving.linear import QuantLinear
 
 OURS = "llmq"
@@ -94,11 +95,11 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             module = model.get_submodule(linear.name)
             module.requires_grad_(False)  # which transformers asks for on every float that it loads
             # Offloaded tensors are on meta now; what will be brought in lies in the files.
-            module.streamed = module.weight_packed.device.type == "meta"
-            _finish(module, linear, config.format, self._checkpoint if module.streamed else None)
+            module.offloaded = module.weight_packed.device.type == "meta"
+            _finish(module, linear, config.format, self._checkpoint if module.offloaded else None)
         for linear in self._linears:
             module = model.get_submodule(linear.name)
-            if config.ready and not module.streamed:
+            if config.ready and not module.offloaded:
                 module.ready(model.dtype)
         del self._checkpoint, self._linears
         return model
@@ -123,7 +124,7 @@ def _finish(module: QuantLinear, linear: PackedLinear, stored_format: Format, ch
         read = checkpoint.read(names.values())
         values = {local: read[name] for local, name in names.items()}
         stored_format.check_values(values, linear.shape, f"{linear.name}.")
-    elif not module.streamed:
+    elif not module.offloaded:
         if module.weight_scale.dtype != linear.scheme.scale_dtype:  # the model keeps this part in float32
             module.weight_scale.data = module.weight_scale.data.to(linear.scheme.scale_dtype)
         values = {local: getattr(module, local) for local in _checked(IN_MEMORY)}
@@ -176,7 +177,7 @@ def load(path: str | Path, kernel: str | None = None, fuse: bool = False, **kwar
     if missing:
         raise LlmqError(f"{path}: {missing[0]} is missing" + (f", and {len(missing) - 1} more" if missing[1:] else ""))
     if fuse:
-        join(model)
+        fuse_linears(model, text_decoder(model.config, model).module)
         make_ready(model)
     return (model, info) if wanted else model
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,32 @@ def test_linears_are_called_in_any_order_and_again() -> None:
     other = rows(2).requires_grad_()
     alone(x=other).float().sum().backward()
     assert torch.equal(few.grad, other.grad)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
+def test_a_linear_called_alone_releases_its_input_and_the_other_outputs(mode: type) -> None:
+    module, group = three()
+    with mode():
+        x = rows(2)
+        module.q(x)
+        assert group.pending is not None
+        kept = [weakref.ref(x), *(weakref.ref(y) for y in group.pending[2].values())]
+        assert len(kept) == 3
+        del x
+    assert [reference() for reference in kept] == [None] * 3
+    assert group.pending is None
+
+
+def test_an_input_freed_late_does_not_drop_the_outputs_of_the_next() -> None:
+    module, group = three()
+    with torch.no_grad():
+        first, second = rows(2), rows(3)
+        module.q(first)
+        module.q(second)
+        pending = group.pending
+        del first
+        assert group.pending is pending
+        assert torch.equal(module.k(second), Three(Grid(4, 32, True)).k(second))
 
 
 def test_threads_do_not_share_outputs() -> None:

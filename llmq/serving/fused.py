@@ -7,7 +7,7 @@ No table of names says which linears belong together. The model runs once on two
 zeros, and the linears of one module that receive the same tensor object are fused (`shared_inputs`). Calling code does
 not change: each linear remains a module of its own. Whichever is called first with an x computes all outputs and keeps
 the others' columns, each to be taken once. They are found by the identity of x, and recomputed when x is another tensor,
-was written to, or was replaced by another thread's.
+was written to, or was replaced by another thread's. They are dropped when x is freed (but not in a compiled forward).
 
 Stored tensors stay with each linear, so state dicts, saving, moving and loading are unaffected. Only the layout that a
 kernel makes is shared (`Kernel.JOINS`) and takes the place of the members' own. Kernels that read the stored tensors
@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +39,8 @@ from llmq.serving.linear import QuantLinear, cast_by_autocast, forward_overridde
 
 TRIAL_TOKENS = 2
 
-Pending = tuple[Tensor, int, dict[int, Tensor]]
-"""An input, its version, and the outputs not taken yet."""
+Pending = tuple["ref[Tensor] | Tensor", int, dict[int, Tensor]]
+"""An input (in a compiled forward itself, else a weak reference), its version, and the outputs not taken yet."""
 
 
 class FusedLinears:
@@ -63,7 +64,7 @@ class FusedLinears:
     def output(self, position: int, x: Tensor) -> Tensor | None:
         """y of the member at `position` for x [.., K]; None where the kernel for x cannot fuse."""
         pending, version = self.pending, _version(x)  # read once: another thread may replace it
-        if pending is not None and pending[1] == version and pending[0] is x:
+        if pending is not None and pending[1] == version and _is_input(pending[0], x):
             y = pending[2].pop(position, None)
             if y is not None:
                 if not pending[2]:
@@ -74,8 +75,14 @@ class FusedLinears:
             return None
         parts = dict(enumerate(outputs.split_with_sizes(self.sizes, -1)))
         y = parts.pop(position)
-        self.pending = (x, version, parts)
+        self.pending = (x if torch.compiler.is_compiling() else ref(x, self._drop_outputs), version, parts)
         return y
+
+    def _drop_outputs(self, freed: ref[Tensor]) -> None:
+        """Drop the outputs of an input that was freed."""
+        pending = self.pending
+        if pending is not None and pending[0] is freed:
+            self.pending = None
 
     def drop_caches(self) -> None:
         self.pending = None
@@ -244,6 +251,10 @@ def _refusal(members: Sequence[QuantLinear]) -> str | None:
     return next(
         (f"{why} ({', '.join(map(str, values))})" for why, values in properties.items() if len(values) > 1), None
     )
+
+
+def _is_input(kept: ref[Tensor] | Tensor, x: Tensor) -> bool:
+    return (kept if isinstance(kept, Tensor) else kept()) is x
 
 
 def _version(x: Tensor) -> int:

@@ -1,19 +1,19 @@
-"""Quantized checkpoints inside transformers, packed: `load`, `enable` / `disable`.
+"""Load quantized checkpoints into transformers with packed weights: `load`, `enable`, `disable`.
 
-On disk a checkpoint says `compressed-tensors`; stock transformers would decompress it. Two ways around that, neither of
-which patches any code:
+On disk a checkpoint names its format, and stock transformers would decompress it. There are two ways around that, neither
+of which patches any code:
 
-    load      reads the config, names our own quantizer ("llmq") in it, and calls `from_pretrained` with it
-    enable    puts a dispatching config class in the place of `compressed-tensors` in transformers' table, so that plain
-              `from_pretrained` does the same; schemes that are not ours go on to the class that stood there
+    load      reads the config, sets our quantizer ("llmq") in it and calls `from_pretrained` with it
+    enable    replaces the config class of our formats in transformers' table, so that plain `from_pretrained` loads packed
+              too; configs that llmq cannot run are passed on to the class that was there before
 
-Our quantizer overrides the process hooks alone (they are the same from 5.17 on). Before loading it checks the files
-(`llmq.hf.verify`) and puts `QuantLinear`s in the place of linears, on meta; after it, it checks values and lets kernels
-make their layouts, but for what is offloaded. Its config's `to_dict` gives back what was read, so `save_pretrained` writes
-a standard checkpoint.
+Our quantizer overrides only the process hooks (unchanged since transformers 5.17). Before loading it checks the files
+(`llmq.hf.verify`) and replaces linears by `QuantLinear`s on meta. After loading it checks values and makes the kernels'
+layouts, except for offloaded weights. Its config's `to_dict` returns what was read, so `save_pretrained` writes a standard
+checkpoint.
 
-Left out: repacking while loading (a WeightConverter; its interface changes from version to version), tensor parallelism,
-and a choice of the dense route under `enable` (`disable` first).
+Left out: repacking while loading (a WeightConverter, whose interface changes from version to version), tensor
+parallelism, and loading dense under `enable` (call `disable` first).
 """
 
 from __future__ import annotations
@@ -39,13 +39,17 @@ from llmq.serving.fused import fuse_linears, make_ready
 from llmq.serving.linear import QuantLinear
 
 OURS = "llmq"
-# What of from_pretrained's arguments decides which files are meant.
-HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder", "proxies")
+# The arguments of from_pretrained that select the files.
+HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder", "proxies")
 
 
 class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """A `quantization_config` of ours, kept as it was read. kernel: force one kernel by name. ready: make the kernels'
-    layouts at once.
+    """A `quantization_config` that llmq runs. Raises `LlmqError` for any other.
+
+    stored: the config as it was read, which `to_dict` returns.
+    kernel: the name of the only kernel to use; None to choose by problem.
+    ready: whether to make the kernels' layouts right after loading.
+    format, layout: the format that `stored` names, and which modules it quantizes.
     """
 
     def __init__(self, stored: Mapping[str, Any], kernel: str | None = None, ready: bool = True) -> None:
@@ -59,11 +63,11 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        made = cls(config_dict)
-        return (made, kwargs) if return_unused_kwargs else made
+        config = cls(config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
 
     def get(self, key: str, default: Any = None) -> Any:
-        """As of a dict: transformers reads a model's own config, given for another load, as one."""
+        """As `dict.get`: transformers treats a loaded model's config, passed to another load, as a dict."""
         return getattr(self, key, default)
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,7 +78,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts `QuantLinear`s into a model before its weights are loaded; checks the files before, the values after."""
+    """Puts `QuantLinear`s into a model before its weights are loaded. Checks the files before, and values after."""
 
     requires_calibration = True
 
@@ -93,8 +97,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         for linear in self._linears:
             module = model.get_submodule(linear.name)
-            module.requires_grad_(False)  # which transformers asks for on every float that it loads
-            # Offloaded tensors are on meta now; what will be brought in lies in the files.
+            module.requires_grad_(False)  # transformers sets it on every floating tensor that it loads
+            # Offloaded tensors are on meta now; their data is in the files.
             module.offloaded = module.weight_packed.device.type == "meta"
             _finish(module, linear, config.format, self._checkpoint if module.offloaded else None)
         for linear in self._linears:
@@ -109,7 +113,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters are: gradients flow through packed weights, not to them."""
+        """True for adapters: gradients flow through packed weights, not to them."""
         return True
 
     @property
@@ -137,25 +141,30 @@ def _checked(each: Format) -> tuple[str, ...]:
 
 
 def stored_scheme(path: str | Path, **hub: Any) -> dict[str, Any] | None:
-    """The `quantization_config` of a folder or repo, one that `load` refuses included; None where there is none."""
+    """The `quantization_config` of a folder or repo, whether or not `load` can run it; None if it has none.
+
+    hub: as in `from_pretrained` (revision, token, ...). Raises transformers' OSError where no config can be read.
+    """
     values, _ = PreTrainedConfig.get_config_dict(path, **hub)
     stored = values.get("quantization_config")
     return stored if isinstance(stored, dict) else None
 
 
 def load(path: str | Path, kernel: str | None = None, fuse: bool = False, **kwargs: Any) -> Any:
-    """A quantized checkpoint (folder or repo id) as a transformers model whose linears stay packed.
+    """Load a quantized checkpoint (folder or repo id) as a transformers model whose linears stay packed.
 
-    kernel: force one kernel by name (`llmq.kernels.registry`). fuse: run linears that read one input as one
-    (`llmq.serving.fused`); the model is saved as without. kwargs: as of `AutoModelForCausalLM.from_pretrained`
-    (dtype: the checkpoint's own by default; device_map, revision, ...); with `output_loading_info` a pair is returned.
-    Raises `LlmqError` for a checkpoint that is not ours to run, naming why, for broken files, naming the tensor, and with
-    `fuse` for offloaded weights and for linears of one input that differ.
+    kernel: the name of the only kernel to use (`llmq.kernels.registry`); None to choose by problem.
+    fuse: run linears that read the same input as one matmul (`llmq.serving.fused`). Saving is not affected.
+    kwargs: as in `AutoModelForCausalLM.from_pretrained` (dtype, by default the checkpoint's own; device_map, revision,
+        ...). With `output_loading_info` a pair is returned.
+
+    Raises `LlmqError` for a checkpoint that llmq cannot run, with the reason; for broken files, naming the tensor; and with
+    `fuse` for offloaded weights and for linears with the same input that differ.
     """
     if "quantization_config" in kwargs:
-        raise LlmqError("quantization_config cannot be given: load reads the checkpoint's own")
+        raise LlmqError("load takes no quantization_config: it reads the checkpoint's own")
     if Path(path).is_dir() and not kwargs.get("subfolder"):
-        open_checkpoint(path)  # says what is wrong with the files more clearly than transformers does
+        open_checkpoint(path)  # its messages about broken files are clearer than those of transformers
     config = kwargs.pop("config", None) or _config(path, kwargs)
     stored = getattr(config, "quantization_config", None)
     if isinstance(stored, PackedConfig):
@@ -168,7 +177,7 @@ def load(path: str | Path, kernel: str | None = None, fuse: bool = False, **kwar
     _register()
     config = copy.deepcopy(config)
     config.quantization_config = PackedConfig(stored, kernel, ready=not fuse)
-    wanted = kwargs.pop("output_loading_info", False)
+    with_info = kwargs.pop("output_loading_info", False)
     arguments = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False, **kwargs}
     if not arguments["trust_remote_code"]:
         _refuse_remote_code(path, config)
@@ -179,11 +188,11 @@ def load(path: str | Path, kernel: str | None = None, fuse: bool = False, **kwar
     if fuse:
         fuse_linears(model, text_decoder(model.config, model).module)
         make_ready(model)
-    return (model, info) if wanted else model
+    return (model, info) if with_info else model
 
 
 def _config(path: str | Path, kwargs: Mapping[str, Any]) -> PreTrainedConfig:
-    hub = {key: kwargs[key] for key in HUB if key in kwargs}
+    hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=kwargs.get("trust_remote_code", False), **hub)
     except (OSError, ValueError) as error:
@@ -191,20 +200,21 @@ def _config(path: str | Path, kwargs: Mapping[str, Any]) -> PreTrainedConfig:
 
 
 def _refuse_remote_code(path: str | Path, config: PreTrainedConfig) -> None:
-    """Raise `LlmqError` where only code of the checkpoint itself could build the model; it is never run unasked."""
+    """Raise `LlmqError` if only Python code in the checkpoint could build the model. It runs only if requested."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        own = ", and the code in the checkpoint (auto_map) is run only with trust_remote_code=True"
+        remedy = ", and the code in the checkpoint (auto_map) is run only with trust_remote_code=True"
         raise LlmqError(
             f"{path}: transformers has no causal language model for model_type {config.model_type!r}"
-            + (own if hasattr(config, "auto_map") else "")
+            + (remedy if hasattr(config, "auto_map") else "")
         )
 
 
 def enable() -> None:
-    """Make plain `AutoModelForCausalLM.from_pretrained` (pipelines, lm-eval, PEFT, ...) load our schemes packed.
+    """Make plain `AutoModelForCausalLM.from_pretrained` (pipelines, lm-eval, PEFT, ...) load packed.
 
-    Everything else, other `compressed-tensors` schemes included, is loaded as before. Undone by `disable`; calling it
-    twice is calling it once. While it holds, a `CompressedTensorsConfig` cannot be given for a checkpoint of ours.
+    Checkpoints that llmq cannot run, among them other `compressed-tensors` schemes, load as before. `disable` undoes it.
+    Calling it twice has no further effect. While enabled, `from_pretrained` accepts no `CompressedTensorsConfig` for a
+    checkpoint that llmq runs.
     """
     _register()
     for name, stock in _registered_classes():

@@ -32,7 +32,6 @@ from llmq.checkpoint.writer import StagedCheckpoint
 from llmq.config import SELF, Calibration, QuantConfig, method
 from llmq.errors import LlmqError
 from llmq.eval.models import context_length
-from llmq.formats import compressed_tensors as ct
 from llmq.memory import peak_rss_bytes, trim_heap
 from llmq.quantization.block import BlockResult
 from llmq.quantization.holdout import few_tokens_notes
@@ -79,7 +78,7 @@ def quantize(
     refuse_overlap(output, _inputs(source, calibration))
     opened = open_source(source, dtype=config.dtype, device=pick_device(device), revision=revision)
     refuse_overlap(output, opened.files)
-    plan = make_plan(opened.model, config, partial(find_shared_inputs, opened))
+    plan = make_plan(opened.model, config, opened.dtype, partial(find_shared_inputs, opened))
     specs = planned_specs(opened, plan)
     with StagedCheckpoint(Path(output), specs, max_shard_size, overwrite) as staged:
         # Before hours of work: a config or tokenizer that cannot be saved is found now.
@@ -93,7 +92,7 @@ def quantize(
             dtype=str(opened.dtype).removeprefix("torch."),
             seconds=time.perf_counter() - began,
             peak_rss_bytes=peak_rss_bytes(),
-            bits_per_weight=bits_per_weight(plan, opened.dtype),
+            bits_per_weight=bits_per_weight(plan),
             checkpoint_bytes=sum(spec.nbytes for spec in specs.values()),
             calibration=told,
             fallbacks=tuple(f"{row.name}: {note}" for row in rows for note in row.notes),
@@ -140,7 +139,7 @@ def preview(
 
     config = config or QuantConfig()
     opened = open_source(source, dtype=config.dtype, device="cpu", revision=revision)
-    plan = make_plan(opened.model, config, partial(find_shared_inputs, opened))
+    plan = make_plan(opened.model, config, opened.dtype, partial(find_shared_inputs, opened))
     calibration = calibration or Calibration()
     if not method(config.method).calibrated:
         return make_preview(opened, plan, config, 0, 0)
@@ -237,13 +236,13 @@ def _run(
     batches, lanes = split_into_lanes(windows, TOKENS_PER_BATCH)
     captured = capture_blocks(source, batches)
     probe = capture_blocks(source, [windows[:1, :PROBE_TOKENS]])
-    recipe = Recipe.of(config, source.dtype)
+    recipe = Recipe.of(config)
     layers: list[LinearReport] = []
     pairs: list[PairReport] = []
     results = quantize_blocks(source, captured, lanes, probe, plan, recipe, progress)
     del captured  # its hidden states are those of the first block
     for result in results:
-        _write_block(source, result, staged)
+        _write_block(source, plan, result, staged)
         layers += result.layers
         pairs += result.pairs
         del result
@@ -251,33 +250,32 @@ def _run(
     return layers, pairs
 
 
-def _write_block(source: Source, result: BlockResult, staged: StagedCheckpoint) -> None:
+def _write_block(source: Source, plan: Plan, result: BlockResult, staged: StagedCheckpoint) -> None:
     dense = {f"{source.checkpoint_name(name)}.weight": weight for name, weight in result.codes.items()}
     for name, tensor in source.block_tensors(result.index):
         if name not in dense:
             staged.write(name, tensor)
     for name, weight in dense.items():
-        for suffix, tensor in ct.encode(weight).items():
+        for suffix, tensor in plan.format.encode(weight).items():
             staged.write(f"{name.removesuffix('weight')}{suffix}", tensor)
 
 
 def quantization_config(source: Source, plan: Plan, config: QuantConfig) -> dict[str, Any]:
     """config.json's `quantization_config`, with what made it as a top-level key that every reader ignores."""
-    grids = {source.checkpoint_name(name): row.grid for name, row in plan.linears.items()}
+    schemes = {source.checkpoint_name(name): row.scheme for name, row in plan.linears.items()}
     # Both names where they differ: engines match the files' names, transformers the modules'.
     ignored = list(dict.fromkeys(n for name in plan.ignored for n in (source.checkpoint_name(name), name)))
-    return ct.config(grids, ignored, method(config.method).ordered) | {
+    return plan.format.config(schemes, ignored, method(config.method).ordered) | {
         "llmq": {"version": _versions()["llmq"], **config.to_dict()}
     }
 
 
-def bits_per_weight(plan: Plan, dtype: torch.dtype) -> float:
+def bits_per_weight(plan: Plan) -> float:
     """Stored bits per weight of the quantized linears, scales and zero points included."""
     stored = weights = 0
     for row in plan.linears.values():
-        stored += sum(
-            spec.nbytes for key, spec in ct.specs(row.shape, row.grid, dtype).items() if key != "weight_shape"
-        )
+        specs = plan.format.specs(row.shape, row.scheme)
+        stored += sum(spec.nbytes for name, spec in specs.items() if name not in plan.format.metadata_names)
         weights += row.shape[0] * row.shape[1]
     return 8 * stored / weights
 

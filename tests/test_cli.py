@@ -148,7 +148,7 @@ BAD = [
     (("evaluate", "/nowhere/model"), "no such folder"),
     (("quantize", "MODEL", "--method", "rtn", "--group-size", 32, "--seed", 1), "rtn takes no calibration text"),
     (("generate", "MODEL", "--prompt", " "), "the prompt is empty"),
-    (("evaluate", "FOREIGN"), "is not for llmq to run"),
+    (("evaluate", "FOREIGN"), "FOREIGN: it has a kv_cache_scheme; load it with transformers"),
     (("generate", "DUMB", "--prompt", "w1"), "has no tokenizer that can be loaded"),
 ]
 

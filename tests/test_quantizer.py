@@ -63,6 +63,15 @@ def test_saving_and_loading_again_is_exact(tmp_path: Path) -> None:
     assert torch.equal(logits(model), logits(again))
 
 
+@pytest.mark.parametrize(
+    ("method", "actorder"), [("rtn", None), ("awq", None), ("gptq", "weight"), ("awq+gptq", "weight")]
+)
+def test_activation_order_is_recorded_for_gptq_only(tmp_path: Path, method: str, actorder: str | None) -> None:
+    folder = quantized(tmp_path / "a", method=method)
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert {group["weights"]["actorder"] for group in config["config_groups"].values()} == {actorder}
+
+
 def test_linears_of_one_input_share_the_seconds_of_observing_and_rounding_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,9 +169,8 @@ def test_schemes_that_are_not_ours_go_on_to_the_stock_quantizer(tmp_path: Path, 
     tiny_config("llama").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": FOREIGN[name]}))
-    assert not quantizer.is_quantized(tmp_path)
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(llmq.LlmqError, match="is not for llmq to run"):
+    with pytest.raises(llmq.LlmqError, match=f"llmq cannot run {tmp_path}: "):
         llmq.load(tmp_path)
 
 
@@ -231,7 +239,7 @@ def test_layers_of_differing_group_size_get_groups_of_their_own(tmp_path: Path) 
     )
     assert any("128 does not divide 64: groups of 64" in line for line in report.fallbacks)
     model = llmq.load(tmp_path / "a")
-    assert {m.grid.group_size for m in model.modules() if isinstance(m, QuantLinear)} == {64, 128}
+    assert {m.scheme.weight.group_size for m in model.modules() if isinstance(m, QuantLinear)} == {64, 128}
 
 
 def test_explain_names_the_kernel_and_the_reasons(tmp_path: Path) -> None:
@@ -339,7 +347,7 @@ def test_a_loaded_models_config_serves_for_another_load(tmp_path: Path) -> None:
         assert torch.equal(logits(again), logits(model))
     stored = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert model.config.to_dict()["quantization_config"] == stored
-    with pytest.raises(llmq.LlmqError, match="quantization_config cannot be given"):
+    with pytest.raises(llmq.LlmqError, match="load takes no quantization_config"):
         llmq.load(folder, quantization_config={})
 
 
@@ -365,12 +373,16 @@ BROKEN = [
     (PACKED, lambda t: t.float(), r"weight_packed must be torch.int32 \[128, 8\]; got torch.float32"),
     (PACKED, lambda t: t.T.contiguous(), r"weight_packed must be torch.int32 \[128, 8\]; got torch.int32 \[8, 128\]"),
     (PACKED, lambda t: t[:, :4].contiguous(), r"weight_packed must be torch.int32 \[128, 8\]"),
-    (SCALE, lambda t: t.int(), "weight_scale must be one of"),
+    (SCALE, lambda t: t.int(), "up_proj.weight_scale: compressed-tensors stores scales in .*; got torch.int32"),
     (SCALE, lambda t: t[:, :1].contiguous(), r"weight_scale must be torch.float32 \[128, 2\]; got"),
     (SCALE, lambda t: t * float("nan"), "up_proj.weight_scale holds NaN, inf or zero"),
     (SCALE, lambda t: t / 0, "up_proj.weight_scale holds NaN, inf or zero"),
     (SCALE, lambda t: t * (torch.arange(len(t)) > 0)[:, None], "up_proj.weight_scale holds NaN, inf or zero"),
-    (SCALE.replace("scale", "shape"), lambda t: t.flip(0), r"weight_shape must be \[128, 64\], as the model says"),
+    (
+        SCALE.replace("scale", "shape"),
+        lambda t: t.flip(0),
+        r"weight_shape must be \[128, 64\], the shape in the model; got \[64, 128\]",
+    ),
     (SCALE.replace("scale", "g_idx"), lambda t: t.int(), "weight_g_idx is not part of this scheme"),
     (SCALE.replace("scale", "zero_point"), lambda t: t.int(), "weight_zero_point is not part of this scheme"),
     (PACKED.replace("_packed", ""), lambda t: t, "up_proj.weight is not part of this scheme"),
@@ -431,8 +443,7 @@ def test_pickles_and_prefixes(tmp_path: Path) -> None:
 
 def test_what_is_not_ours_is_said(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "plain")
-    assert not quantizer.is_quantized(tmp_path / "plain")
-    assert quantizer.is_quantized(quantized(tmp_path / "packed", method="rtn"))
+    assert quantizer.stored_scheme(tmp_path / "plain") is None
     with pytest.raises(llmq.LlmqError, match="is not quantized"):
         llmq.load(tmp_path / "plain")
     with pytest.raises(llmq.LlmqError, match="is not a model folder or repo"):

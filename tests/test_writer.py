@@ -25,7 +25,7 @@ from llmq.checkpoint import staging
 from llmq.checkpoint.reader import DTYPES, INDEX, SINGLE, open_checkpoint
 from llmq.checkpoint.writer import StagedCheckpoint, plan_shards
 from llmq.errors import LlmqError
-from llmq.formats.compressed_tensors import TensorSpec
+from llmq.formats.base import TensorSpec
 
 OLD = json.dumps({"quantization_config": {}})
 
@@ -355,7 +355,7 @@ KILLED = """
     import sys, time, torch
     from pathlib import Path
     from llmq.checkpoint.writer import StagedCheckpoint
-    from llmq.formats.compressed_tensors import TensorSpec
+    from llmq.formats.base import TensorSpec
     specs = {str(i): TensorSpec(torch.float32, (1000,)) for i in range(100)}
     with StagedCheckpoint(Path(sys.argv[1]), specs, overwrite=True) as out:
         for name in specs:

@@ -33,7 +33,7 @@ from torch import Tensor
 from llmq.checkpoint.reader import DTYPES, INDEX, open_checkpoint
 from llmq.checkpoint.staging import FULL, StagedFolder, sync, writing
 from llmq.errors import LlmqError
-from llmq.formats.compressed_tensors import TensorSpec
+from llmq.formats.base import TensorSpec
 
 PATTERN = "model{suffix}.safetensors"
 METADATA = {"format": "pt"}  # transformers refuses files that do not say this

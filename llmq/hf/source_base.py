@@ -23,7 +23,7 @@ from transformers.utils import logging as hf_logging
 from llmq.blocks.capture import find_blocks
 from llmq.checkpoint.staging import writing
 from llmq.errors import LlmqError
-from llmq.formats.compressed_tensors import TensorSpec
+from llmq.formats.base import TensorSpec
 from llmq.hf.sidefiles import SideFiles
 from llmq.hf.stored_names import Names, plan_names, stored_tensors
 

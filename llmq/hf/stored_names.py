@@ -19,7 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from llmq.errors import LlmqError
-from llmq.formats.compressed_tensors import TensorSpec
+from llmq.formats.base import TensorSpec
 
 
 @dataclass(frozen=True)

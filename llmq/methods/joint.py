@@ -41,7 +41,7 @@ def search_jointly(
     weight: float32 [N, K]. hessian: float32 [K, K]. damping: share of its mean diagonal added to the diagonal.
     Returns scale [N, G] in `dtype` and zero uint8 [N, G], None when symmetric.
     """
-    if grid.per_tensor or grid.columns_per_group(weight.shape[1]) > WIDEST:
+    if grid.columns_per_group(weight.shape[1]) > WIDEST:
         return search(weight, grid, dtype, hessian.diagonal())
     scale, zero = search(weight, grid, dtype, hessian.diagonal(), STEP)
     added = damping * float(hessian.diagonal().mean())

@@ -66,7 +66,6 @@ class Recipe:
         calibrated: whether statistics of inputs are needed.
         scales: `minmax` or `search`.
         damping: share of the mean diagonal added to a Hessian's diagonal.
-        dtype: the dtype in which scales are stored.
     """
 
     transform: Transform | None
@@ -74,11 +73,10 @@ class Recipe:
     calibrated: bool
     scales: str
     damping: float
-    dtype: torch.dtype
 
     @staticmethod
-    def of(config: QuantConfig, dtype: torch.dtype) -> Recipe:
-        """The recipe of a configuration, for scales stored in `dtype`."""
+    def of(config: QuantConfig) -> Recipe:
+        """The recipe of a configuration."""
         row = method(config.method)
         return Recipe(
             transform=None if row.transform is None else transform(row.transform),
@@ -86,12 +84,11 @@ class Recipe:
             calibrated=row.calibrated,
             scales=config.scales or row.default_scales,
             damping=config.damping,
-            dtype=dtype,
         )
 
     def target(self, planned: Planned) -> Target:
         """What a linear is rounded to."""
-        return Target(planned.grid, self.dtype, self.scales, self.damping)
+        return Target(planned.scheme.weight, planned.scheme.scale_dtype, self.scales, self.damping)
 
 
 def round_group(
@@ -139,7 +136,7 @@ def _report_of(
         name=planned.name,
         shape=planned.shape,
         bits=quantized.bits,
-        group_size=planned.grid.group_size,
+        group_size=planned.scheme.weight.group_size,
         error=error,
         rtn_error=rtn_error,
         saturated=_saturated_share(quantized),

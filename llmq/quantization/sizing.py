@@ -26,8 +26,7 @@ from torch import nn
 
 from llmq.blocks.replay import SHARE_OF_MEMORY, elements_per_batch
 from llmq.config import QuantConfig, method
-from llmq.formats import compressed_tensors as ct
-from llmq.formats.compressed_tensors import TensorSpec
+from llmq.formats.base import TensorSpec
 from llmq.memory import available_bytes, peak_rss_bytes
 from llmq.quantization.holdout import is_undersampled
 from llmq.quantization.plan import Plan, Planned
@@ -84,7 +83,7 @@ def planned_specs(source: Sized, plan: Plan) -> dict[str, TensorSpec]:
     """Every tensor of the checkpoint to be written, in the order of the source's own."""
     specs: dict[str, TensorSpec] = {}
     for name, (module_name, spec) in source.tensor_plan().items():
-        specs.update(_becomes(name, spec, _planned(module_name, plan), source.dtype))
+        specs.update(_becomes(name, spec, module_name, plan))
     return specs
 
 
@@ -93,10 +92,12 @@ def _planned(parameter: str, plan: Plan) -> Planned | None:
     return plan.linears.get(parameter.removesuffix(".weight")) if parameter.endswith(".weight") else None
 
 
-def _becomes(name: str, spec: TensorSpec, planned: Planned | None, dtype: torch.dtype) -> Mapping[str, TensorSpec]:
+def _becomes(name: str, spec: TensorSpec, parameter: str, plan: Plan) -> Mapping[str, TensorSpec]:
+    """What is written for the source's tensor `name`, which is the model's `parameter`."""
+    planned = _planned(parameter, plan)
     if planned is None:
         return {name: spec}
-    local = ct.specs(planned.shape, planned.grid, dtype)
+    local = plan.format.specs(planned.shape, planned.scheme)
     return {f"{name.removesuffix('weight')}{suffix}": stored for suffix, stored in local.items()}
 
 
@@ -105,12 +106,11 @@ def make_preview(source: Sized, plan: Plan, config: QuantConfig, windows: int, l
     rows = []
     for name, (module_name, spec) in source.tensor_plan().items():
         planned = _planned(module_name, plan)
-        stored = _becomes(name, spec, planned, source.dtype)
+        stored = _becomes(name, spec, module_name, plan)
         becomes = str(spec.dtype).removeprefix("torch.")
         if planned is not None:
-            becomes = f"int{planned.grid.bits} " + (
-                f"g{planned.grid.group_size}" if planned.grid.group_size else "channel"
-            )
+            grid = planned.scheme.weight
+            becomes = f"int{grid.bits} " + (f"g{grid.group_size}" if grid.group_size else "channel")
         rows.append(PreviewRow(name, spec.shape, spec.nbytes, sum(s.nbytes for s in stored.values()), becomes))
     notes = [f"{row.name}: {row.note}" for row in plan.linears.values() if row.note]
     return Preview(tuple(rows), _memory(source, plan, config, windows, length), (*source.notes, *notes))

@@ -1,6 +1,6 @@
-"""What a run will write and need, computed from names, shapes and dtypes: `--dry-run`, and the writer's plan.
+"""What a run will write and how much memory it needs, computed from names, shapes and dtypes, for `--dry-run` and the writer.
 
-Predicted peak memory is the sum of what is alive at the worst moment, each part named:
+The predicted peak is the sum of what is in memory at the worst moment:
 
     process       this process as it stands, libraries loaded
     outer         embeddings, final norm, output head
@@ -11,8 +11,8 @@ Predicted peak memory is the sum of what is alive at the worst moment, each part
     suspended     what suspended forwards hold inside the block, where that fits (`llmq.blocks.replay`)
     probe         with a transform: the float64 copy of a block that pairs are found on
 
-or, where the model writes its own calibration text and that needs more: the process, the whole model, the cache of the
-windows that it writes at a time, and their logits.
+If the model generates its own calibration text and that needs more, the peak is: the process, the whole model, the key/value
+cache of the windows generated at a time, and their logits.
 """
 
 from __future__ import annotations

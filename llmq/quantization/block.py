@@ -14,17 +14,15 @@ from llmq.blocks.capture import Call
 from llmq.blocks.replay import walk
 from llmq.blocks.statistics import SecondMoment, Watcher
 from llmq.blocks.topology import input_groups, linears
-from llmq.config import QuantConfig, method
+from llmq.config import QuantConfig, method, resolve
 from llmq.core.grid import Grid, clipped_share
 from llmq.core.quantized import QuantizedWeight
 from llmq.errors import LlmqError
-from llmq.methods import rounding
-from llmq.methods.base import Rounded, Target, output_errors
+from llmq.methods.base import Rounded, Rounding, Target, output_errors
 from llmq.methods.rtn import rtn
 from llmq.quantization.holdout import Holdout, some_rows
 from llmq.quantization.plan import Plan
-from llmq.transforms import transform
-from llmq.transforms.base import PairReport, Proposal, Task
+from llmq.transforms.base import PairReport, Proposal, Task, Transform
 from llmq.transforms.pairs import NoPair, Pair, find_pairs
 
 SEARCH_BATCHES = 2
@@ -71,7 +69,7 @@ class BlockWork:
         self.folded: list[PairReport] = []
         self._block, self._name, self._config, self._dtype, self._done = block, name, config, dtype, done
         self._method = method(config.method)
-        self._rounding = rounding(self._method.rounding)
+        self._rounding: Rounding = resolve(self._method.rounding)
         self._planned = plan.of_block(name)
         self._linears = linears(block)
         self._moment: SecondMoment | None = None
@@ -99,7 +97,7 @@ class BlockWork:
         """Change the block as the method's transform does; returns the pairs found, which the next block may share."""
         if self._method.transform is None or not groups:
             return []
-        change = transform(self._method.transform)
+        change: Transform = resolve(self._method.transform)
         pairs = find_pairs(self._block, probe, few, groups, known)
         found = [pair for pair in pairs if isinstance(pair, Pair)]
         proposals = {

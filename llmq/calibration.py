@@ -22,7 +22,7 @@ from llmq.eval.corpus import Corpus, Split, is_conversations, load_conversations
 
 
 @dataclass(frozen=True)
-class Writing:
+class GenerationProgress:
     """Progress of a model that writes its own text: tokens written `done` of `total`; seconds left, None until some are timed."""
 
     done: int
@@ -52,7 +52,7 @@ def read_dataset(dataset: str, split: Split) -> Corpus | Conversations:
     return load_conversations(dataset) if is_conversations(dataset) else load_text(dataset, split)
 
 
-def tokens_of(dataset: str, text: Corpus | Conversations, tokenizer: Any) -> tuple[Tensor, Corpus]:
+def tokenize_dataset(dataset: str, text: Corpus | Conversations, tokenizer: Any) -> tuple[Tensor, Corpus]:
     """One stream of ids int64 `[tokens]` of what `read_dataset` gave for `dataset`, and what it is. Conversations go through
     the chat template, one after the other, with all the special tokens that it writes and no others.
 
@@ -75,11 +75,11 @@ def tokens_of(dataset: str, text: Corpus | Conversations, tokenizer: Any) -> tup
 
 
 def read_tokens(dataset: str, split: Split, tokenizer: Any) -> tuple[Tensor, Corpus]:
-    """`tokens_of` what `read_dataset` gives."""
-    return tokens_of(dataset, read_dataset(dataset, split), tokenizer)
+    """`tokenize_dataset` what `read_dataset` gives."""
+    return tokenize_dataset(dataset, read_dataset(dataset, split), tokenizer)
 
 
-def checked(token_ids: Any, config: Any) -> Tensor:
+def check_token_ids(token_ids: Any, config: Any) -> Tensor:
     """A caller's own windows, int64 `[windows, tokens]` (a tensor or lists), fit for a model with this text config.
 
     Raises `LlmqError` for other shapes and dtypes, ids outside the vocabulary and windows longer than the context.
@@ -101,7 +101,7 @@ def checked(token_ids: Any, config: Any) -> Tensor:
     return ids
 
 
-def windows(token_ids: Tensor, num_samples: int, seq_len: int, seed: int) -> Tensor:
+def cut_windows(token_ids: Tensor, num_samples: int, seq_len: int, seed: int) -> Tensor:
     """Full windows of the token stream: int64 `[n, seq_len]`, n the smaller of `num_samples` and what the text gives.
 
     token_ids: int64 `[tokens]`.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 
-def gathered_names(names: Iterable[str]) -> list[str]:
+def compact_names(names: Iterable[str]) -> list[str]:
     """Names that differ only in indices, then in the last part, as one: `layers.{0-2, 5}.mlp.{gate_proj, up_proj}`.
 
     Where several indices differ (of layers and experts), only if every combination of them is there: else each name.
@@ -38,7 +38,7 @@ def _siblings(names: Iterable[str]) -> list[str]:
     return [parent + (last[0] if len(last) == 1 else f"{{{', '.join(last)}}}") for parent, last in children.items()]
 
 
-def some(names: Sequence[str], most: int = 3) -> str:
+def first_names(names: Sequence[str], most: int = 3) -> str:
     """The first `most` of the names, and how many more there are."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

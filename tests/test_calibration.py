@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llmq.calibration import checked, read_tokens, tokenize, windows
+from llmq.calibration import check_token_ids, cut_windows, read_tokens, tokenize
 from llmq.errors import LlmqError
 
 
@@ -34,8 +34,8 @@ SMALL = SimpleNamespace(vocab_size=10, max_position_embeddings=4)
 )
 def test_a_callers_own_windows_are_checked(ids, message):
     with pytest.raises(LlmqError, match=message):
-        checked(ids, SMALL)
-    assert checked([[1, 2], [3, 4]], SMALL).tolist() == [[1, 2], [3, 4]]
+        check_token_ids(ids, SMALL)
+    assert check_token_ids([[1, 2], [3, 4]], SMALL).tolist() == [[1, 2], [3, 4]]
 
 
 def test_tokenize_is_one_flat_int64_stream_with_special_tokens():
@@ -52,39 +52,39 @@ def test_tokenize_of_empty_text_is_an_empty_stream():
 
 def test_draw_is_the_documented_permutation():
     ids = torch.arange(107)
-    drawn = windows(ids, num_samples=4, seq_len=10, seed=3)
+    drawn = cut_windows(ids, num_samples=4, seq_len=10, seed=3)
     order = torch.randperm(10, generator=torch.Generator().manual_seed(3))[:4]
     assert torch.equal(drawn, torch.stack([ids[10 * i : 10 * i + 10] for i in order.tolist()]))
-    assert not torch.equal(drawn, windows(ids, num_samples=4, seq_len=10, seed=4))
+    assert not torch.equal(drawn, cut_windows(ids, num_samples=4, seq_len=10, seed=4))
 
 
 def test_draw_leaves_the_global_generator_alone():
     before = torch.random.get_rng_state()
-    windows(torch.arange(100), num_samples=2, seq_len=10, seed=0)
+    cut_windows(torch.arange(100), num_samples=2, seq_len=10, seed=0)
     assert torch.equal(before, torch.random.get_rng_state())
 
 
 @pytest.mark.parametrize("num_samples", [10, 11, 500])
 def test_fewer_windows_than_asked_are_all_used_in_text_order(num_samples):
     ids = torch.arange(107)
-    assert torch.equal(windows(ids, num_samples, seq_len=10, seed=0), ids[:100].view(10, 10))
+    assert torch.equal(cut_windows(ids, num_samples, seq_len=10, seed=0), ids[:100].view(10, 10))
 
 
 def test_one_exact_window_is_enough_and_one_token_less_is_not():
-    assert windows(torch.arange(16), 4, 16, 0).shape == (1, 16)
+    assert cut_windows(torch.arange(16), 4, 16, 0).shape == (1, 16)
     with pytest.raises(LlmqError, match=r"15 tokens and a window has 16; use a longer text or a seq_len of at most 15"):
-        windows(torch.arange(15), 4, 16, 0)
+        cut_windows(torch.arange(15), 4, 16, 0)
 
 
 def test_empty_stream_gives_no_impossible_advice():
     with pytest.raises(LlmqError, match=r"0 tokens and a window has 16; use a longer text$"):
-        windows(torch.empty(0, dtype=torch.int64), 4, 16, 0)
+        cut_windows(torch.empty(0, dtype=torch.int64), 4, 16, 0)
 
 
 @pytest.mark.parametrize("sizes", [{"num_samples": 0, "seq_len": 4}, {"num_samples": 4, "seq_len": 0}])
 def test_sizes_below_one_are_refused(sizes):
     with pytest.raises(LlmqError, match="at least 1; got 0"):
-        windows(torch.arange(10), seed=0, **sizes)
+        cut_windows(torch.arange(10), seed=0, **sizes)
 
 
 def test_transformers_prints_no_length_warning(caplog, capfd):

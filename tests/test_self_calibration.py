@@ -14,10 +14,10 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 import llmq
-from llmq.calibration import Writing, read_dataset
+from llmq.calibration import GenerationProgress, read_dataset
 from llmq.errors import LlmqError
 from llmq.hf import self_calibration
-from llmq.hf.self_calibration import how_texts_start, write_windows
+from llmq.hf.self_calibration import generate_windows, text_start
 from llmq.hf.source import open_source
 from tests.tiny import ARCHITECTURES, HIDDEN, VOCAB, tiny_model
 
@@ -39,7 +39,7 @@ def opened(model: Any, tokenizer: Any = None) -> Any:
 
 
 def write(source: Any, count: int, length: int, seed: int = 0, **told: Any) -> torch.Tensor:
-    return write_windows(source, how_texts_start(source), count, length, seed, **told)
+    return generate_windows(source, text_start(source), count, length, seed, **told)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_it_is_drawn_from_the_models_own_distribution(arch: str) -> None:
 def test_without_a_bos_a_text_begins_with_any_ordinary_token() -> None:
     model = tiny_model("llama", layers=1)
     source = opened(model, Words(bos=None, words=100))
-    start = how_texts_start(source)
+    start = text_start(source)
     assert start.tokens.tolist() == list(range(3, 100))
     draws = torch.rand(18, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = write(source, 18, 30)
@@ -191,7 +191,7 @@ def test_a_model_that_overflows_says_so() -> None:
 @pytest.mark.parametrize("tokenizer", [Words(bos=VOCAB), Words(bos=None, words=3)], ids=["foreign bos", "no words"])
 def test_a_tokenizer_that_does_not_fit_is_refused(tokenizer: Words) -> None:
     with pytest.raises(LlmqError, match="must begin texts with a token of the model's 128"):
-        how_texts_start(opened(tiny_model("llama", layers=1), tokenizer))
+        text_start(opened(tiny_model("llama", layers=1), tokenizer))
 
 
 def test_without_a_tokenizer_it_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
@@ -215,8 +215,8 @@ def test_quantizing_on_it_is_quantizing_on_its_tokens(folder: Path, tmp_path: Pa
     config, asked = llmq.QuantConfig(group_size=32), llmq.Calibration("self", 6, 24, seed=4)
     seen: list[Any] = []
     report = llmq.quantize(folder, tmp_path / "a", config, asked, progress=seen.append)
-    assert isinstance(seen[0], Writing)
-    assert seen[0] == Writing(0, 144, None)
+    assert isinstance(seen[0], GenerationProgress)
+    assert seen[0] == GenerationProgress(0, 144, None)
     source = open_source(folder)
     ids = write(source, 6, 24, 4)
     llmq.quantize(folder, tmp_path / "b", config, ids)
@@ -251,7 +251,7 @@ def test_an_output_that_is_there_is_refused_before_anything_is_written(folder: P
 
 def test_stopped_while_it_writes_it_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     def stop(step: object) -> None:
-        assert isinstance(step, Writing)
+        assert isinstance(step, GenerationProgress)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

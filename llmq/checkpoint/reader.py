@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.names import some
+from llmq.names import first_names
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -137,10 +137,10 @@ def _nothing_to_read(folder: Path) -> str:
     shards = [name for name in names if name.endswith(".safetensors")]
     start = f"{folder} has neither {SINGLE} nor {INDEX}"
     if shards:
-        return f"{start}: it has {some(shards)}, but no index that says which tensor lies where; download it too"
+        return f"{start}: it has {first_names(shards)}, but no index that says which tensor lies where; download it too"
     if pickles:
         why = "pickles are not read, since opening one runs the code in it; convert to safetensors"
-        return f"{start}: it has {some(pickles)}; {why}"
+        return f"{start}: it has {first_names(pickles)}; {why}"
     return f"{start}: give a folder that holds a model in safetensors"
 
 
@@ -216,10 +216,10 @@ def _agree(file_name: str, listed: set[str], held: set[str], weight_map: Mapping
     """Raise unless the index and the shard name the same tensors."""
     absent = sorted(listed - held)
     if absent:
-        raise LlmqError(f"the index says that {file_name} holds {some(absent)}, and it does not")
+        raise LlmqError(f"the index says that {file_name} holds {first_names(absent)}, and it does not")
     extra = sorted(held - listed)
     twice = [name for name in extra if name in weight_map]
     if twice:
-        raise LlmqError(f"{some(twice)} lies in {file_name} and also in {weight_map[twice[0]]}")
+        raise LlmqError(f"{first_names(twice)} lies in {file_name} and also in {weight_map[twice[0]]}")
     if extra:
-        raise LlmqError(f"{file_name} holds {some(extra)}, which the index does not list")
+        raise LlmqError(f"{file_name} holds {first_names(extra)}, which the index does not list")

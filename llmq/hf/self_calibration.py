@@ -1,6 +1,6 @@
 """Calibration text that the model writes itself, one token at a time, where none is at hand or none resembles its own.
 
-Each window begins with the token that begins a text (`Start`) and is drawn from the model's own distribution, unchanged:
+Each window begins with the token that begins a text (`TextStart`) and is drawn from the model's own distribution, unchanged:
 temperature 1, no top-k, nothing of its generation config. Where the model ends a text before its window is full, the next
 text begins there, as in text packed for training; so every window is full and nothing is padded.
 
@@ -36,7 +36,7 @@ Told = Callable[[int, int, float | None], None]
 
 
 @dataclass(frozen=True)
-class Start:
+class TextStart:
     """tokens: int64 [n], those that a text may begin with, drawn uniformly. ends: the ids after which a text begins."""
 
     tokens: Tensor
@@ -46,7 +46,7 @@ class Start:
         return f"token {int(self.tokens)}" if len(self.tokens) == 1 else f"one of {len(self.tokens)} tokens"
 
 
-def how_texts_start(source: Source) -> Start:
+def text_start(source: Source) -> TextStart:
     """By the tokenizer: its BOS; where it has none, any token of its vocabulary that is not special.
 
     The config's `bos_token_id` is not asked: where a checkpoint states none it is its class's default, a number of another
@@ -72,12 +72,12 @@ def how_texts_start(source: Source) -> Start:
             f"dataset self must begin texts with a token of the model's {text.vocab_size}; the tokenizer has "
             f"{len(tokenizer)}, and begins texts with {first[-1:] or 'none'}: give the model's own tokenizer"
         )
-    return Start(torch.tensor(first), tuple(sorted(end for end in ends if isinstance(end, int))))
+    return TextStart(torch.tensor(first), tuple(sorted(end for end in ends if isinstance(end, int))))
 
 
-def write_windows(
+def generate_windows(
     source: Source,
-    start: Start,
+    start: TextStart,
     count: int,
     length: int,
     seed: int,
@@ -97,7 +97,7 @@ def write_windows(
     return torch.cat(rows)
 
 
-def _write(model: PreTrainedModel, draws: Tensor, start: Start, clock: _Clock) -> Tensor:
+def _write(model: PreTrainedModel, draws: Tensor, start: TextStart, clock: _Clock) -> Tensor:
     """Windows int64 [rows, length] written at once; draws: float64 [rows, length] in [0, 1), one per token."""
     rows, length = draws.shape
     first = _pick(start.tokens.to(draws.device), draws[:, :1])
@@ -117,7 +117,7 @@ def _write(model: PreTrainedModel, draws: Tensor, start: Start, clock: _Clock) -
 class _Draw(LogitsProcessor):  # type: ignore[misc]
     """Leaves one token of each row possible: that at the row's next number, or a first one where a text has ended."""
 
-    def __init__(self, draws: Tensor, start: Start, clock: _Clock) -> None:
+    def __init__(self, draws: Tensor, start: TextStart, clock: _Clock) -> None:
         self._draws, self._clock = draws, clock
         self._first = start.tokens.to(draws.device)
         self._ends = torch.tensor(start.ends, dtype=torch.int64, device=draws.device)

@@ -26,9 +26,9 @@ from llmq.checkpoint.reader import INDEX, SINGLE, Checkpoint, open_checkpoint
 from llmq.errors import LlmqError
 from llmq.hf.sidefiles import GENERATION, TOKENIZER_FILES, SideFiles
 from llmq.hf.source_base import Source, quiet
-from llmq.hf.source_folder import StreamedSource
+from llmq.hf.source_folder import FolderSource
 from llmq.hf.source_gguf import load_gguf
-from llmq.hf.source_memory import HeldSource
+from llmq.hf.source_memory import InMemorySource
 
 __all__ = ["Source", "open_source"]
 
@@ -67,7 +67,7 @@ def open_source(
     checkpoint = open_checkpoint(folder)
     config = read_config(folder)
     kind, notes = _pick_dtype(dtype, _native_dtype(config, checkpoint))
-    return StreamedSource(checkpoint, config, kind, device, SideFiles(folder, tokenizer=tokenizer), notes)
+    return FolderSource(checkpoint, config, kind, device, SideFiles(folder, tokenizer=tokenizer), notes)
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -124,7 +124,7 @@ def _open_model(model: nn.Module, dtype: str, device: str | torch.device, tokeni
         raise LlmqError(f"{what} predicts no tokens: it has no output embeddings; give a causal language model")
     kind, notes = _pick_dtype(dtype, model.dtype)
     side = SideFiles(tokenizer=tokenizer, name=model.name_or_path or "")
-    return HeldSource(model, kind, device, side, f"{what} in memory", notes)
+    return InMemorySource(model, kind, device, side, f"{what} in memory", notes)
 
 
 def _gguf_file(source: Any) -> Path | None:
@@ -145,7 +145,7 @@ def _open_gguf(
     check_config(model.config, str(file))
     if prepare is not None:
         prepare(model)
-    return HeldSource(model, kind, device, side, str(file), ("GGUF is read whole: it cannot be streamed", *notes))
+    return InMemorySource(model, kind, device, side, str(file), ("GGUF is read whole: it cannot be streamed", *notes))
 
 
 def _folder(source: Any, revision: str | None) -> Path:

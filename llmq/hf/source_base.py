@@ -2,7 +2,7 @@
 
 `Source` is what the rest of the library sees, whatever the model came from. `model` always is a whole
 `PreTrainedModel` in structure; what of it holds data is decided by `load_outer`, `load_block` and `release_block`.
-Where data comes from is the business of the two kinds: `StreamedSource` (shards on disk) and `HeldSource` (a model in
+Where data comes from is the business of the two kinds: `FolderSource` (shards on disk) and `InMemorySource` (a model in
 memory).
 """
 

@@ -34,7 +34,7 @@ from llmq.errors import LlmqError
 from llmq.hf.sidefiles import SideFiles
 from llmq.hf.skeleton import build_skeleton, compute_buffers
 from llmq.hf.source_base import Source, quiet
-from llmq.names import some
+from llmq.names import first_names
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Routes:
     computed: frozenset[str]
 
 
-class StreamedSource(Source):
+class FolderSource(Source):
     """A checkpoint folder. See `Source` and the module."""
 
     streamed = True
@@ -166,7 +166,7 @@ class StreamedSource(Source):
         )
         if absent:
             raise LlmqError(
-                f"{self._checkpoint.folder} lacks {some(absent)}, which {type(self.model).__name__} needs; "
+                f"{self._checkpoint.folder} lacks {first_names(absent)}, which {type(self.model).__name__} needs; "
                 "give a whole causal language model"
             )
 

@@ -22,7 +22,7 @@ from llmq.hf.skeleton import build_skeleton
 from llmq.hf.source_base import Source, quiet
 
 
-class HeldSource(Source):
+class InMemorySource(Source):
     """A loaded model. See `Source` and the module."""
 
     streamed = False
@@ -42,7 +42,7 @@ class HeldSource(Source):
         shared.eval()
         shared.config.dtype = dtype
         super().__init__(shared, dtype, device, side, description, notes)
-        self._held = list(self._blocks)
+        self._originals = list(self._blocks)
         self._cast = _loaded_dtypes(shared, model.dtype, dtype)
 
     def load_outer(self) -> None:
@@ -61,20 +61,20 @@ class HeldSource(Source):
                     module._buffers[name] = buffer.to(self.device, self._cast.get(full, buffer.dtype))
 
     def load_block(self, index: int) -> nn.Module:
-        held, prefix = self._held[index], f"{self.blocks_name}.{index}"
+        original, prefix = self._originals[index], f"{self.blocks_name}.{index}"
         copies: dict[int, Tensor] = {}
-        for name, parameter in held.named_parameters():
+        for name, parameter in original.named_parameters():
             made = self._moved(f"{prefix}.{name}", parameter, copied=True)
             copies[id(parameter)] = made
-        for name, buffer in held.named_buffers():
+        for name, buffer in original.named_buffers():
             kind = self._cast.get(f"{prefix}.{name}", buffer.dtype)
             copies[id(buffer)] = buffer.detach().to(self.device, kind, copy=True)
-        block: nn.Module = copy.deepcopy(held, copies)
+        block: nn.Module = copy.deepcopy(original, copies)
         self._blocks[index] = block
         return block
 
     def release_block(self, index: int) -> None:
-        self._blocks[index] = self._held[index]
+        self._blocks[index] = self._originals[index]
 
     def _dtypes(self) -> Mapping[str, torch.dtype]:
         return self._cast

@@ -82,9 +82,9 @@ def quantize(
     plan = make_plan(opened.model, config)
     specs = planned_specs(opened, plan)
     with StagedCheckpoint(Path(output), specs, max_shard_size, overwrite) as staged:
+        opened.write_side_files(staged.folder, quantization_config(opened, plan, config))
         windows, told = _windows(opened, config, calibration, progress)
         rows, pairs = _run(opened, plan, config, windows, staged, progress)
-        opened.write_side_files(staged.folder, quantization_config(opened, plan, config))
         report = Report(
             output=str(output),
             source=opened.description,

@@ -83,7 +83,7 @@ class FolderSource(Source):
         self._keys: list[list[str]] = [[] for _ in range(1 + len(self))]
         for stored, name in routes.feeds.items():
             if name not in repeated:
-                index = self._part(name)
+                index = self._block_of(name)
                 self._keys[0 if index is None else 1 + index].append(stored)
         self._notes += _unused_note(model, checkpoint, routes)
         self._computed = False
@@ -127,7 +127,7 @@ class FolderSource(Source):
             raise LlmqError(f"{name} cannot be converted from {self._checkpoint.folder}: {str(error).splitlines()[-1]}")
         for name, found, expected in info.mismatched_keys:
             raise LlmqError(_mismatch(self._checkpoint, name, tuple(found), tuple(expected)))
-        absent = sorted(name for name in info.missing_keys - self._unfed if self._part(name) == index)
+        absent = sorted(name for name in info.missing_keys - self._unfed if self._block_of(name) == index)
         if absent:
             raise LlmqError(f"{self._checkpoint.folder} gave no data for {absent[0]}")
         for parameter in (self.model if index is None else self._blocks[index]).parameters():

@@ -68,14 +68,16 @@ class Preview:
 def planned_specs(source: Source, plan: Plan) -> dict[str, TensorSpec]:
     """Every tensor of the checkpoint to be written, in the order of the source's own."""
     specs: dict[str, TensorSpec] = {}
-    for name, (module_name, spec) in source.tensor_plan().items():
-        specs.update(_becomes(name, spec, _planned(module_name, plan), source.dtype))
+    for stored in source.tensor_plan():
+        specs.update(_becomes(stored.name, stored.spec, _planned(stored.parameter, plan), source.dtype))
     return specs
 
 
-def _planned(parameter: str, plan: Plan) -> Planned | None:
+def _planned(parameter: str | None, plan: Plan) -> Planned | None:
     """The plan of the linear whose weight `parameter` is; None for any other tensor."""
-    return plan.linears.get(parameter.removesuffix(".weight")) if parameter.endswith(".weight") else None
+    if parameter is None or not parameter.endswith(".weight"):
+        return None
+    return plan.linears.get(parameter.removesuffix(".weight"))
 
 
 def _becomes(name: str, spec: TensorSpec, planned: Planned | None, dtype: torch.dtype) -> Mapping[str, TensorSpec]:
@@ -88,8 +90,8 @@ def _becomes(name: str, spec: TensorSpec, planned: Planned | None, dtype: torch.
 def make_preview(source: Source, plan: Plan, tokens: int) -> Preview:
     """The preview of a run over `tokens` calibration tokens (0 for a data-free method)."""
     rows = []
-    for name, (module_name, spec) in source.tensor_plan().items():
-        planned = _planned(module_name, plan)
+    for tensor in source.tensor_plan():
+        name, spec, planned = tensor.name, tensor.spec, _planned(tensor.parameter, plan)
         stored = _becomes(name, spec, planned, source.dtype)
         becomes = str(spec.dtype).removeprefix("torch.")
         if planned is not None:

@@ -310,7 +310,7 @@ def refused(source: Any, *words: str, **kwargs: Any) -> None:
         ("model.layers.1.mlp.up_proj.weight", torch.ones(128, 64).to(torch.float8_e4m3fn), ("quantized already",)),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(
+def test_weights_that_do_not_fit_the_config_are_refused(
     name: str, value: Tensor | None, words: tuple[str, ...], tmp_path: Path
 ) -> None:
     refused(rewrite(saved(tiny_model("llama"), tmp_path), {name: value}), *words)
@@ -319,14 +319,20 @@ def test_weights_that_do_not_fit_are_refused(
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"model_type": "nonsense"}, ("nonsense", "no model_type")),
-        ({"model_type": None}, ("no model_type",)),
-        ({"model_type": ["llama"]}, ("no model_type",)),
+        ({"model_type": "nonsense"}, ("nonsense", "does not know model_type")),
+        ({"model_type": None}, ("does not know model_type None",)),
+        ({"model_type": ["llama"]}, ("does not know model_type ['llama']",)),
         ({"model_type": "nonsense", "auto_map": {"AutoModel": "modeling_x.X"}}, ("auto_map", "never run")),
         ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, ("encoder-decoder",)),
-        ({"model_type": "vit", "architectures": ["ViTModel"]}, ("without a decoder",)),
-        ({"architectures": ["LlamaForSequenceClassification"]}, ("without a decoder", "SequenceClassification")),
-        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, ("without a decoder", "BertForMaskedLM")),
+        ({"model_type": "vit", "architectures": ["ViTModel"]}, ("no causal language model for vit",)),
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            ("models that predict tokens", "SequenceClassification"),
+        ),
+        (
+            {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
+            ("models that predict tokens", "BertForMaskedLM"),
+        ),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ("quantized already", "gptq")),
         ({"num_hidden_layers": "many"}, ("config.json", "llama")),
         ({"num_hidden_layers": 5}, ("lacks", "layers.4")),
@@ -545,7 +551,7 @@ def test_a_repo_id_is_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.Mo
     assert {Path(each).suffix for each in patterns if each.startswith("model-")} == {".safetensors"}
     assert not any(each.endswith((".bin", ".py")) for each in patterns)
     assert open_source("some/model", revision=commit).dtype == torch.bfloat16
-    refused("some/other", "no folder some/other", "no repo some/other")
+    refused("some/other", "there is no folder some/other", "the hub repo some/other could not be downloaded")
     refused("some/model", "at v9", revision="v9")
 
 

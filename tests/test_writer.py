@@ -1,4 +1,4 @@
-"""The writer: bytes equal safetensors' own, whatever the order; a target is absent, old or whole, never in between."""
+"""The writer produces safetensors' own bytes in any order; a target is absent, old or complete, never in between."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_nothing_to_write(tmp_path: Path) -> None:
         StagedCheckpoint(tmp_path / "out", {"a": TensorSpec(torch.complex32, (2,))})
 
 
-def test_what_is_not_planned_is_refused(tmp_path: Path) -> None:
+def test_tensors_that_are_not_planned_are_refused(tmp_path: Path) -> None:
     specs = {"a": TensorSpec(torch.float32, (2, 3))}
     with StagedCheckpoint(tmp_path / "out", specs) as out:
         with pytest.raises(LlmqError, match="b is not part"):
@@ -226,7 +226,7 @@ def test_an_existing_target_is_refused_before_any_work(tmp_path: Path) -> None:
     assert names_in(tmp_path) == ["out"]
 
 
-def test_overwrite_keeps_the_old_until_the_end(tmp_path: Path) -> None:
+def test_overwrite_keeps_the_old_checkpoint_until_the_end(tmp_path: Path) -> None:
     target, new = tmp_path / "out", some_tensors()
     old_checkpoint(target)
     before = snapshot(target)
@@ -240,7 +240,7 @@ def test_overwrite_keeps_the_old_until_the_end(tmp_path: Path) -> None:
     assert torch.equal(load_file(target / SINGLE)["a.weight_packed"], new["a.weight_packed"])
 
 
-def test_a_failed_overwrite_leaves_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_overwrite_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "out"
     old_checkpoint(target)
     before, rename, calls = snapshot(target), os.rename, []
@@ -263,7 +263,7 @@ def test_a_failed_overwrite_leaves_the_old(tmp_path: Path, monkeypatch: pytest.M
 def test_overwrite_replaces_checkpoints_only(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
-    write(target, some_tensors(), overwrite=True)  # an empty one has nothing to lose
+    write(target, some_tensors(), overwrite=True)  # an empty folder may be replaced
     (target / "thesis.tex").write_text("")
     with pytest.raises(LlmqError, match=r"replaces quantized checkpoints only"):
         write(target, some_tensors(), overwrite=True)
@@ -281,7 +281,7 @@ def test_a_target_that_cannot_be_a_folder(tmp_path: Path) -> None:
     assert names_in(tmp_path) == ["file", "link"]
 
 
-def test_a_target_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+def test_a_target_that_appears_during_the_run_is_kept(tmp_path: Path) -> None:
     target = tmp_path / "out"
 
     def appear() -> None:
@@ -294,7 +294,7 @@ def test_a_target_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     assert names_in(tmp_path) == ["out"]
 
 
-def test_a_shard_damaged_before_commit_is_found(tmp_path: Path) -> None:
+def test_a_shard_damaged_before_commit_is_detected(tmp_path: Path) -> None:
     def damage() -> None:
         (shard,) = tmp_path.glob(f"*/{SINGLE}")
         os.truncate(shard, 100)
@@ -317,7 +317,7 @@ def test_two_runs_for_one_target(tmp_path: Path) -> None:
     assert names_in(tmp_path) == ["other", "out"]
 
 
-def test_a_full_disk_is_found_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_detected_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type(staging.shutil.disk_usage(tmp_path))(1000, 900, 100)
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(LlmqError, match=r"needs \d+ bytes, 100 bytes are free"):
@@ -336,7 +336,9 @@ def test_a_side_file_that_does_not_fit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("call", ["posix_fallocate", "fsync", "mkdir"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-def test_a_disk_that_fails_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int) -> None:
+def test_a_disk_that_fails_during_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError(code, os.strerror(code))
 

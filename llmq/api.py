@@ -26,7 +26,7 @@ from torch import Tensor
 from llmq import calibration as calibrating
 from llmq._version import __version__
 from llmq.blocks.statistics import split_into_lanes
-from llmq.calibration import Writing
+from llmq.calibration import GenerationProgress
 from llmq.checkpoint.target import REPORT, refuse_overlap
 from llmq.checkpoint.writer import StagedCheckpoint
 from llmq.config import SELF, Calibration, QuantConfig, method
@@ -58,7 +58,7 @@ def quantize(
     overwrite: bool = False,
     device: str = "auto",
     revision: str | None = None,
-    progress: Callable[[Step | Writing], None] = lambda step: None,
+    progress: Callable[[Step | GenerationProgress], None] = lambda step: None,
 ) -> Report:
     """Quantize a causal LM into a compressed-tensors checkpoint folder.
 
@@ -66,7 +66,8 @@ def quantize(
     output: the folder to make; it appears complete or not at all.
     calibration: which text (default: the built-in one), or token ids int64 [windows, tokens] used as they are. Methods
         without data take none.
-    progress: called with a `Step` as blocks are worked on, and before that with a `Writing` as the model writes its own text.
+    progress: called with a `Step` as blocks are worked on, and with a `GenerationProgress` while the model generates its
+        own calibration text.
     max_shard_size: as in `save_pretrained`. device: `auto` is CUDA where there is one, else the CPU.
     Raises `LlmqError` for every broken rule, before any work where that is possible.
     """
@@ -134,7 +135,7 @@ def preview(
     Of a folder only headers are read; a repo id is downloaded first, and a GGUF file is read whole.
     """
     from llmq.hf.forward import find_shared_inputs
-    from llmq.hf.self_calibration import ROWS, how_texts_start
+    from llmq.hf.self_calibration import ROWS, text_start
     from llmq.hf.source import open_source
 
     config = config or QuantConfig()
@@ -147,7 +148,7 @@ def preview(
     made = make_preview(opened, plan, config, calibration.num_samples, length)
     if calibration.dataset != SELF:
         return made
-    how_texts_start(opened)  # refused here as it would be
+    text_start(opened)  # refused here as it would be
     return with_writing(made, opened, calibration.num_samples, length, ROWS)
 
 
@@ -168,7 +169,7 @@ def _windows(
     source: Source,
     config: QuantConfig,
     calibration: Calibration | Tensor | None,
-    progress: Callable[[Step | Writing], None],
+    progress: Callable[[Step | GenerationProgress], None],
 ) -> tuple[Tensor, dict[str, Any] | None]:
     """Token windows [n, tokens], and what the report says of them."""
     from llmq.hf.forward import probe_ids
@@ -177,7 +178,7 @@ def _windows(
         return probe_ids(source.model), None
     notes = []
     if calibration is not None and not isinstance(calibration, Calibration):
-        windows, name = calibrating.checked(calibration, source.config.get_text_config()), "token ids"
+        windows, name = calibrating.check_token_ids(calibration, source.config.get_text_config()), "token ids"
     else:
         asked = calibration or Calibration()
         length, name = _length(source, asked), asked.dataset
@@ -186,7 +187,7 @@ def _windows(
             notes.append(note)
         else:
             ids, _ = calibrating.read_tokens(name, "calibration", source.tokenizer())
-            windows = calibrating.windows(ids, asked.num_samples, length, asked.seed)
+            windows = calibrating.cut_windows(ids, asked.num_samples, length, asked.seed)
         if length < asked.seq_len:
             notes.append(f"calibration windows of {length} tokens, not {asked.seq_len}: the model's context")
         if len(windows) < asked.num_samples:
@@ -196,15 +197,15 @@ def _windows(
 
 
 def _written(
-    source: Source, asked: Calibration, length: int, progress: Callable[[Step | Writing], None]
+    source: Source, asked: Calibration, length: int, progress: Callable[[Step | GenerationProgress], None]
 ) -> tuple[Tensor, str]:
     """Windows that the model writes, and what that cost."""
-    from llmq.hf.self_calibration import how_texts_start, write_windows
+    from llmq.hf.self_calibration import generate_windows, text_start
 
     began = time.perf_counter()
-    start = how_texts_start(source)
-    windows = write_windows(
-        source, start, asked.num_samples, length, asked.seed, lambda *told: progress(Writing(*told))
+    start = text_start(source)
+    windows = generate_windows(
+        source, start, asked.num_samples, length, asked.seed, lambda *told: progress(GenerationProgress(*told))
     )
     seconds = time.perf_counter() - began
     return windows, (

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from llmq.api import pick_device
-from llmq.calibration import read_dataset, tokens_of
+from llmq.calibration import read_dataset, tokenize_dataset
 from llmq.errors import LlmqError
 from llmq.eval.divergence import divergence
 from llmq.eval.latency import Latency, measure_in_turns
@@ -84,7 +84,7 @@ def perplexity_of(
     place = pick_device(device)
     kind = evaluation_dtype(dtype, place)
     model, tokenizer = open_model(source, kind, place, revision)
-    ids, corpus = tokens_of(dataset, text, tokenizer)
+    ids, corpus = tokenize_dataset(dataset, text, tokenizer)
     ids = ids[: corpus.max_tokens]
     apart = None
     if against is None:

@@ -144,7 +144,7 @@ BAD = [
     ),
     (("quantize", "BARE", "--group-size", 32, "--dataset", "self"), "dataset self needs the model's tokenizer"),
     (("quantize", "MODEL", "--method", "rtn", "--dataset", "self"), "rtn takes no calibration text"),
-    (("evaluate", "MODEL", "--dataset", "self"), "name a text to evaluate on"),
+    (("evaluate", "MODEL", "--dataset", "self"), "choose a text to evaluate on"),
     (("evaluate", "/nowhere/model"), "no such folder"),
     (("quantize", "MODEL", "--method", "rtn", "--group-size", 32, "--seed", 1), "rtn takes no calibration text"),
     (("generate", "MODEL", "--prompt", " "), "the prompt is empty"),

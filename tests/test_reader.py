@@ -1,4 +1,4 @@
-"""The reader: what it returns equals safetensors' own loader; every malformed folder is refused by name."""
+"""The reader returns what safetensors' own loader returns, and names the file of every malformed checkpoint."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def refused(folder: Path, *words: str) -> None:
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    refused(tmp_path / "absent", "absent", "not there")
+    refused(tmp_path / "absent", "absent", "does not exist")
     (tmp_path / "file").write_text("")
     refused(tmp_path / "file", "a file")
 
@@ -146,7 +146,7 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
         ".\\x.safetensors",
     ],
 )
-def test_the_index_may_name_no_path(tmp_path: Path, name: str) -> None:
+def test_paths_in_the_index_are_refused(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "model"
     (folder / "sub").mkdir(parents=True)
     write_sharded(folder)
@@ -156,13 +156,13 @@ def test_the_index_may_name_no_path(tmp_path: Path, name: str) -> None:
     refused(folder, "without a path", repr(name))
 
 
-def test_the_index_may_name_no_absolute_path(tmp_path: Path) -> None:
+def test_absolute_paths_in_the_index_are_refused(tmp_path: Path) -> None:
     write_sharded(tmp_path)
     write_index(tmp_path, weight_map_of(tmp_path) | {"x": str(tmp_path / "model-00001-of-00002.safetensors")})
     refused(tmp_path, "without a path")
 
 
-def test_the_index_may_name_safetensors_only(tmp_path: Path) -> None:
+def test_other_files_in_the_index_are_refused(tmp_path: Path) -> None:
     write_sharded(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     write_index(tmp_path, weight_map_of(tmp_path) | {"x": "pytorch_model.bin"})

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmq.config import SELF
-from llmq.names import gathered_names, some
+from llmq.names import compact_names, first_names
 
 if TYPE_CHECKING:
     from llmq.eval.latency import Latency
@@ -149,7 +149,7 @@ def _gathered(lines: Sequence[str]) -> list[str]:
     for line in lines:
         name, _, what = line.partition(": ")
         owners.setdefault(what, []).append(name)
-    return [f"{some(gathered_names(names))}: {what}" for what, names in owners.items()]
+    return [f"{first_names(compact_names(names))}: {what}" for what, names in owners.items()]
 
 
 def _shortened(lines: Sequence[str], most: int = 6) -> list[str]:

@@ -9,16 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from llmq.blocks.statistics import Statistics
-from llmq.config import QuantConfig, method
+from llmq.config import QuantConfig, method, resolve
 from llmq.core.grid import clipped_share
 from llmq.core.quantized import QuantizedWeight
 from llmq.errors import LlmqError
-from llmq.methods import rounding
 from llmq.methods.base import Rounding, Target, output_errors, sampled_rows
 from llmq.methods.rtn import rtn
 from llmq.quantization.holdout import holdout_ratio, without_held_out
 from llmq.quantization.plan import Planned
-from llmq.transforms import transform
 from llmq.transforms.base import Transform
 
 
@@ -79,8 +77,8 @@ class Recipe:
         """The recipe of a configuration."""
         row = method(config.method)
         return Recipe(
-            transform=None if row.transform is None else transform(row.transform),
-            rounding=rounding(row.rounding),
+            transform=None if row.transform is None else resolve(row.transform),
+            rounding=resolve(row.rounding),
             calibrated=row.calibrated,
             scales=config.scales or row.default_scales,
             damping=config.damping,

@@ -17,7 +17,7 @@ cache of the windows generated at a time, and their logits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -32,6 +32,19 @@ from llmq.quantization.holdout import is_undersampled
 from llmq.quantization.plan import Plan, Planned
 
 
+class StoredTensor(Protocol):
+    """One tensor of a source: its name in the files, the parameter that it is (None for a computed one), and its spec."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def parameter(self) -> str | None: ...
+
+    @property
+    def spec(self) -> TensorSpec: ...
+
+
 class Sized(Protocol):
     """What is asked of a source (`llmq.hf.source_base.Source`)."""
 
@@ -44,7 +57,7 @@ class Sized(Protocol):
 
     def __len__(self) -> int: ...
 
-    def tensor_plan(self) -> Mapping[str, tuple[str, TensorSpec]]: ...
+    def tensor_plan(self) -> Sequence[StoredTensor]: ...
 
 
 @dataclass(frozen=True)
@@ -82,36 +95,38 @@ class Preview:
 def planned_specs(source: Sized, plan: Plan) -> dict[str, TensorSpec]:
     """Every tensor of the checkpoint to be written, in the order of the source's own."""
     specs: dict[str, TensorSpec] = {}
-    for name, (module_name, spec) in source.tensor_plan().items():
-        specs.update(_becomes(name, spec, module_name, plan))
+    for stored in source.tensor_plan():
+        specs.update(_becomes(stored, plan))
     return specs
 
 
-def _planned(parameter: str, plan: Plan) -> Planned | None:
+def _planned(parameter: str | None, plan: Plan) -> Planned | None:
     """The plan of the linear whose weight `parameter` is; None for any other tensor."""
-    return plan.linears.get(parameter.removesuffix(".weight")) if parameter.endswith(".weight") else None
+    if parameter is None or not parameter.endswith(".weight"):
+        return None
+    return plan.linears.get(parameter.removesuffix(".weight"))
 
 
-def _becomes(name: str, spec: TensorSpec, parameter: str, plan: Plan) -> Mapping[str, TensorSpec]:
-    """What is written for the source's tensor `name`, which is the model's `parameter`."""
-    planned = _planned(parameter, plan)
+def _becomes(stored: StoredTensor, plan: Plan) -> Mapping[str, TensorSpec]:
+    """What is written for a tensor of the source."""
+    planned = _planned(stored.parameter, plan)
     if planned is None:
-        return {name: spec}
+        return {stored.name: stored.spec}
     local = plan.format.specs(planned.shape, planned.scheme)
-    return {f"{name.removesuffix('weight')}{suffix}": stored for suffix, stored in local.items()}
+    return {f"{stored.name.removesuffix('weight')}{suffix}": spec for suffix, spec in local.items()}
 
 
 def make_preview(source: Sized, plan: Plan, config: QuantConfig, windows: int, length: int) -> Preview:
     """The preview of a run over `windows` calibration windows of `length` tokens."""
     rows = []
-    for name, (module_name, spec) in source.tensor_plan().items():
-        planned = _planned(module_name, plan)
-        stored = _becomes(name, spec, module_name, plan)
-        becomes = str(spec.dtype).removeprefix("torch.")
+    for tensor in source.tensor_plan():
+        planned, written = _planned(tensor.parameter, plan), _becomes(tensor, plan)
+        becomes = str(tensor.spec.dtype).removeprefix("torch.")
         if planned is not None:
             grid = planned.scheme.weight
             becomes = f"int{grid.bits} " + (f"g{grid.group_size}" if grid.group_size else "channel")
-        rows.append(PreviewRow(name, spec.shape, spec.nbytes, sum(s.nbytes for s in stored.values()), becomes))
+        after = sum(spec.nbytes for spec in written.values())
+        rows.append(PreviewRow(tensor.name, tensor.spec.shape, tensor.spec.nbytes, after, becomes))
     notes = [f"{row.name}: {row.note}" for row in plan.linears.values() if row.note]
     return Preview(tuple(rows), _memory(source, plan, config, windows, length), (*source.notes, *notes))
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from llmq.errors import LlmqError
 from llmq.kernels.registry import Choice
-from llmq.names import gathered_names
+from llmq.names import compact_names
 from llmq.serving.fused import FusedLinears, fused_linears, make_ready, model_dtype
 from llmq.serving.linear import QuantLinear
 
@@ -63,7 +63,7 @@ class Explanations(list[Explanation]):
         for row in self:
             groups.setdefault(row.summary, []).append(row.name)
         return "\n".join(
-            "\n    ".join((f"{len(names)} linear{'s' * (len(names) > 1)}: {summary}", *gathered_names(names)))
+            "\n    ".join((f"{len(names)} linear{'s' * (len(names) > 1)}: {summary}", *compact_names(names)))
             for summary, names in groups.items()
         )
 

@@ -11,7 +11,6 @@ transformers is imported when a verb is called, never at import.
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from llmq import calibration as calibrating
 from llmq._version import __version__
 from llmq.blocks.capture import Captured, capture
 from llmq.calibration import Writing
-from llmq.checkpoint.target import REPORT, refuse_overlap
+from llmq.checkpoint.target import refuse_overlap
 from llmq.checkpoint.writer import StagedCheckpoint
 from llmq.config import SELF, Calibration, QuantConfig, method
 from llmq.core.quantized import QuantizedWeight
@@ -39,7 +38,7 @@ from llmq.quantization.holdout import few_tokens_notes
 from llmq.quantization.pipeline import Step, quantize_blocks
 from llmq.quantization.plan import Plan, make_plan
 from llmq.quantization.sizing import Preview, make_preview, planned_specs, with_writing
-from llmq.report import Report
+from llmq.report import CalibrationUsed, Report, write_report
 from llmq.transforms.base import PairReport
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ def quantize(
     plan = make_plan(opened.model, config)
     specs = planned_specs(opened, plan)
     with StagedCheckpoint(Path(output), specs, max_shard_size, overwrite) as staged:
-        windows, told = _windows(opened, config, calibration, progress)
+        windows, used, window_notes = _windows(opened, config, calibration, progress)
         rows, pairs = _run(opened, plan, config, windows, staged, progress)
         opened.write_side_files(staged.folder, quantization_config(opened, plan, config))
         report = Report(
@@ -93,18 +92,18 @@ def quantize(
             peak_rss_bytes=peak_rss_bytes(),
             bits_per_weight=bits_per_weight(plan, opened.dtype),
             checkpoint_bytes=sum(spec.nbytes for spec in specs.values()),
-            calibration=told,
+            calibration=used,
             fallbacks=tuple(f"{row.name}: {note}" for row in rows for note in row.notes),
             notes=(
                 *opened.notes,
-                *(told.pop("notes") if told else ()),
+                *window_notes,
                 *few_tokens_notes((row.shape[1], row.tokens, row.gap) for row in rows),
             ),
             versions=_versions(),
             layers=tuple(rows),
             pairs=tuple(pairs),
         )
-        (staged.folder / REPORT).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_report(staged.folder, report)
         staged.commit()
     return report
 
@@ -167,10 +166,10 @@ def _windows(
     config: QuantConfig,
     calibration: Calibration | Tensor | None,
     progress: Callable[[Step | Writing], None],
-) -> tuple[Tensor, dict[str, Any] | None]:
-    """Token windows [n, tokens], and what the report says of them."""
+) -> tuple[Tensor, CalibrationUsed | None, tuple[str, ...]]:
+    """Token windows [n, tokens], and what the report says of them: the data used, and notes."""
     if not method(config.method).calibrated:
-        return torch.arange(PROBE_TOKENS).remainder(source.config.get_text_config().vocab_size)[None], None
+        return torch.arange(PROBE_TOKENS).remainder(source.config.get_text_config().vocab_size)[None], None, ()
     notes = []
     if calibration is not None and not isinstance(calibration, Calibration):
         windows, name = calibrating.checked(calibration, source.config.get_text_config()), "token ids"
@@ -188,7 +187,7 @@ def _windows(
         if len(windows) < asked.num_samples:
             notes.append(f"{len(windows)} calibration windows, not {asked.num_samples}: all that the text gives")
     count, length = windows.shape
-    return windows, {"dataset": name, "windows": count, "seq_len": length, "tokens": count * length, "notes": notes}
+    return windows, CalibrationUsed(name, count, length, count * length), tuple(notes)
 
 
 def _written(

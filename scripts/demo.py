@@ -9,8 +9,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from llmq.cli.commands import guarded, open_named
-from llmq.cli.console import make_console, print_json, print_perplexities, window_progress
+from llmq.cli.commands import open_named
+from llmq.cli.console import make_console, print_evaluations, print_json, window_progress
+from llmq.cli.guard import run_guarded
 from llmq.cli.progress import block_progress
 
 OUT = Path("demo-out")
@@ -21,7 +22,7 @@ NAMES = {"demo": "the model as shipped (out of a 4-bit file)", "demo-general": "
 
 def main() -> None:
     import llmq
-    from llmq.evaluation import generate_text, perplexity_of
+    from llmq.evaluation import evaluate, generate_text
 
     console = make_console(quiet=False)
     lines = []
@@ -40,17 +41,15 @@ def main() -> None:
                     progress=progress,
                 )
             console.print(f"{method}: {report.seconds:.0f} s -> {paths[method]}")
-        results = []
-        for name, source in (("original", open_named(model)), *paths.items()):
-            with window_progress(False, name) as seen:
-                result, told = perplexity_of(source, window=SEQ_LEN, limit=EVALUATED, progress=seen)
-            results.append((name, result, told))
-            lines.append({"model": f"{model} {name}", **told})
-        print_perplexities(console, results)
+        sources = [("original", open_named(model)), *paths.items()]
+        with window_progress(False) as shown:
+            evaluations = evaluate(sources, window=SEQ_LEN, limit=EVALUATED, progress=shown)
+        lines += [each.to_dict(first=evaluations[0]) | {"model": f"{model} {each.model}"} for each in evaluations]
+        print_evaluations(console, evaluations)
     console.print("\nthe model made by AWQ and GPTQ answers:", style="bold")
     generate_text(OUT / "demo-awq+gptq", "What is the capital of France?", max_new_tokens=60)
     print_json(lines)
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_guarded(main)

@@ -24,7 +24,7 @@ from llmq.bench.random_models import random_model
 from llmq.config import QuantConfig
 from llmq.errors import LlmqError
 from llmq.eval.models import wait
-from llmq.evaluation import open_model
+from llmq.hf.inference import open_model
 from llmq.hf.quantizer import load
 from llmq.hf.source_base import quiet
 from llmq.methods.base import Target

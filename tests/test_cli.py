@@ -122,8 +122,8 @@ def test_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
 
 
 def test_the_model_generates_its_own_calibration_text(source: Path, tmp_path: Path) -> None:
-    asked = (source / "model", "--dataset", "self", "--num-samples", 4, "--seq-len", 64, "--group-size", 32)
-    done = run("quantize", *asked, "-o", tmp_path / "out")
+    arguments = (source / "model", "--dataset", "self", "--num-samples", 4, "--seq-len", 64, "--group-size", 32)
+    done = run("quantize", *arguments, "-o", tmp_path / "out")
     lines = done.stderr.splitlines()
     assert lines[0] == "generating 256 calibration tokens with the model; estimating the time"
     assert re.fullmatch(r"generated \d+ of 256 calibration tokens, about \d+ s left", lines[1])
@@ -131,8 +131,8 @@ def test_the_model_generates_its_own_calibration_text(source: Path, tmp_path: Pa
     values = last(done)
     assert values["calibration"]["dataset"] == "self"
     assert any("wrote its 256 calibration tokens itself" in note for note in values["notes"])
-    assert run("quantize", *asked, "-o", tmp_path / "quiet", "--quiet").stderr == ""
-    done = run("quantize", *asked, "-o", tmp_path / "dry", "--dry-run")
+    assert run("quantize", *arguments, "-o", tmp_path / "quiet", "--quiet").stderr == ""
+    done = run("quantize", *arguments, "-o", tmp_path / "dry", "--dry-run")
     assert "the model writes 256 calibration tokens first" in done.stdout
     assert not (tmp_path / "dry").exists()
 

@@ -60,6 +60,13 @@ class Mixing(Wrapped):
         return logits - logits.mean(1, keepdim=True)
 
 
+class PaddedMixing(Mixing):
+    """Both: masked logits must not hide that the others differ."""
+
+    def changed(self, logits: Tensor) -> Tensor:
+        return super().changed(logits).index_fill(-1, torch.arange(PADDED_FROM, VOCAB), -math.inf)
+
+
 class Narrow(Wrapped):
     """Gives logits for fewer tokens than it embeds."""
 
@@ -162,6 +169,7 @@ def test_a_padded_vocabulary_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     results = score((PERPLEXITY, DIVERGENCE), padded[1], IDS, original=padded[0], window=WINDOW)
     assert results["divergence"].kl == pytest.approx(float(reference(*padded)[0].mean()), rel=1e-4)
     assert results["perplexity"].notes == (), "logits of -inf do not prevent slabs"
+    assert "at once" in perplexity(PaddedMixing(plain).eval(), IDS, WINDOW).notes[0]
     assert divergence(padded[0], other, IDS, WINDOW).kl > results["divergence"].kl
     with pytest.raises(LlmqError, match=r"KL must be finite; window 0 \(counted from 0\) has inf"):
         divergence(plain, padded[1], IDS, WINDOW)

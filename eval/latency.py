@@ -183,7 +183,7 @@ def _ratio(mine: float, first: float, is_first: bool) -> str:
 
 
 def _title(first: Latency) -> str:
-    where = first.device if first.device != "cpu" else f"cpu with {first.threads} threads"
+    where = first.device if first.device != "cpu" else f"cpu (threads: {first.threads})"
     return (
         f"speed in tokens/s on {where}, {first.dtype}: "
         f"prefill of {first.prompt_tokens} tokens, then decode of {first.new_tokens}"

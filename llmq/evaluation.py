@@ -15,12 +15,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from llmq.api import pick_device
 from llmq.calibration import read_dataset, tokens_of
 from llmq.errors import LlmqError
 from llmq.eval import registry
-from llmq.eval.base import ModelMetric, TextMetric
+from llmq.eval.base import ModelMetric
 from llmq.eval.scoring import score
 
 
@@ -75,8 +76,7 @@ def evaluate(
     """Evaluate models on the same text, one after the other.
 
     sources: (name, folder, repo id or GGUF file) of each model, plain or quantized.
-    original: the model that they were made from, for the metrics that compare with it; it stays loaded meanwhile. None:
-        those metrics are left out.
+    original: the model that they were made from, which stays loaded; without it, metrics that need it are left out.
     metrics: names of optional metrics to compute as well.
     dataset: `builtin`, `wikitext2`, `c4`, or the path of a text file or of a `.jsonl` file of conversations.
     window, limit, batch_size: see `llmq.eval.scoring.score`.
@@ -87,14 +87,11 @@ def evaluate(
     """
     from llmq.hf.inference import open_model
 
-    selected = registry.select_metrics(metrics)
+    text_metrics, model_metrics = registry.select_metrics(metrics, original is not None)
     text = read_dataset(dataset, "evaluation")  # before a model is loaded, so that a wrong name fails at once
     place = pick_device(device)
     text_dtype = ("float32" if place == "cpu" else "bfloat16") if dtype == "auto" else dtype
     reference = None if original is None else open_model(original, text_dtype, place, revision)[0]
-    text_metrics = [metric for metric in selected if isinstance(metric, TextMetric)]
-    if reference is None:
-        text_metrics = [metric for metric in text_metrics if not metric.needs_original]
     evaluations = []
     for name, source in sources:
         model, tokenizer = open_model(source, text_dtype, place, revision)
@@ -114,16 +111,15 @@ def evaluate(
         evaluations.append(Evaluation(name, corpus.name, text_dtype, time.perf_counter() - started, results))
         del model  # before the next one is loaded
     del reference
-    model_metrics = [metric for metric in selected if isinstance(metric, ModelMetric)]
-    if model_metrics:
-        model_dtype = "bfloat16" if dtype == "auto" else dtype
-        models = [open_model(source, model_dtype, place, revision)[0] for _, source in sources]
-        evaluations = _add_model_metrics(evaluations, model_metrics, models)
-    return evaluations
+    if not model_metrics:
+        return evaluations
+    model_dtype = "bfloat16" if dtype == "auto" else dtype
+    models = [open_model(source, model_dtype, place, revision)[0] for _, source in sources]
+    return _add_model_metrics(evaluations, model_metrics, models)
 
 
 def _add_model_metrics(
-    evaluations: Sequence[Evaluation], metrics: Sequence[ModelMetric[Any]], models: Sequence[torch.nn.Module]
+    evaluations: Sequence[Evaluation], metrics: Sequence[ModelMetric[Any]], models: Sequence[nn.Module]
 ) -> list[Evaluation]:
     """The evaluations with the results of `metrics`, measured on all models together."""
     measured = {metric.name: metric.measure(models) for metric in metrics}
@@ -185,12 +181,7 @@ def generate_text(
         raise LlmqError("the prompt must not be empty; pass some text with --prompt")
     place = pick_device(device)
     model, tokenizer = open_model(source, "bfloat16" if dtype == "auto" else dtype, place, revision)
-    if raw or not getattr(tokenizer, "chat_template", None):
-        inputs = tokenizer(prompt, return_tensors="pt")
-    else:
-        turn = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-    ids = inputs["input_ids"].to(place)
+    ids = _prompt_ids(tokenizer, prompt, raw).to(place)
     started = time.perf_counter()
     with torch.inference_mode():
         output = model.generate(
@@ -209,3 +200,14 @@ def generate_text(
         seconds=seconds,
         tokens_per_second=len(new) / seconds,
     )
+
+
+def _prompt_ids(tokenizer: Any, prompt: str, raw: bool) -> Tensor:
+    """int64 [1, tokens]."""
+    if raw or not getattr(tokenizer, "chat_template", None):
+        inputs = tokenizer(prompt, return_tensors="pt")
+    else:
+        turn = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    ids: Tensor = inputs["input_ids"]
+    return ids

@@ -109,10 +109,14 @@ def test_text_metrics_refuse_logits_of_nan(metric: TextMetric[Any]) -> None:
 
 
 def test_optional_metrics_are_selected_by_name_only() -> None:
-    assert [metric.name for metric in select_metrics(())] == ["perplexity", "divergence"]
-    assert [metric.name for metric in select_metrics(("speed",))] == ["perplexity", "divergence", "speed"]
+    def names(*arguments: Any) -> list[list[str]]:
+        return [[metric.name for metric in metrics] for metrics in select_metrics(*arguments)]
+
+    assert names((), True) == [["perplexity", "divergence"], []]
+    assert names((), False) == [["perplexity"], []]
+    assert names(("speed",), False) == [["perplexity"], ["speed"]]
     with pytest.raises(LlmqError, match="metric must be one of perplexity, divergence, speed; got 'taste'"):
-        select_metrics(("speed", "taste"))
+        select_metrics(("speed", "taste"), True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,29 +14,30 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmq import calibration as calibrating
 from llmq._version import __version__
-from llmq.blocks.capture import Captured, capture
+from llmq.blocks.statistics import split_into_lanes
 from llmq.calibration import Writing
 from llmq.checkpoint.target import refuse_overlap
 from llmq.checkpoint.writer import StagedCheckpoint
 from llmq.config import SELF, Calibration, QuantConfig, method
-from llmq.core.quantized import QuantizedWeight
 from llmq.errors import LlmqError
 from llmq.eval.models import context_length
 from llmq.formats import compressed_tensors as ct
-from llmq.memory import peak_rss_bytes
-from llmq.quantization.block import LinearReport
+from llmq.memory import peak_rss_bytes, trim_heap
+from llmq.quantization.block import BlockResult
 from llmq.quantization.holdout import few_tokens_notes
 from llmq.quantization.pipeline import Step, quantize_blocks
 from llmq.quantization.plan import Plan, make_plan
+from llmq.quantization.rounding import LinearReport, Recipe
 from llmq.quantization.sizing import Preview, make_preview, planned_specs, with_writing
 from llmq.report import CalibrationUsed, Report, write_report
 from llmq.transforms.base import PairReport
@@ -44,8 +45,7 @@ from llmq.transforms.base import PairReport
 if TYPE_CHECKING:
     from llmq.hf.source import Source
 
-TOKENS_PER_BATCH = 4096
-PROBE_TOKENS = 16
+TOKENS_PER_BATCH = 4096  # fixed, so that results do not depend on memory
 
 
 def quantize(
@@ -70,6 +70,7 @@ def quantize(
     max_shard_size: as in `save_pretrained`. device: `auto` is CUDA where there is one, else the CPU.
     Raises `LlmqError` for every broken rule, before any work where that is possible.
     """
+    from llmq.hf.forward import find_shared_inputs
     from llmq.hf.source import open_source
 
     began = time.perf_counter()
@@ -77,12 +78,13 @@ def quantize(
     refuse_overlap(output, _inputs(source, calibration))
     opened = open_source(source, dtype=config.dtype, device=pick_device(device), revision=revision)
     refuse_overlap(output, opened.files)
-    plan = make_plan(opened.model, config)
+    plan = make_plan(opened.model, config, partial(find_shared_inputs, opened))
     specs = planned_specs(opened, plan)
     with StagedCheckpoint(Path(output), specs, max_shard_size, overwrite) as staged:
+        # Before hours of work: a config or tokenizer that cannot be saved is found now.
+        opened.write_side_files(staged.folder, quantization_config(opened, plan, config))
         windows, used, window_notes = _windows(opened, config, calibration, progress)
         rows, pairs = _run(opened, plan, config, windows, staged, progress)
-        opened.write_side_files(staged.folder, quantization_config(opened, plan, config))
         report = Report(
             output=str(output),
             source=opened.description,
@@ -97,7 +99,7 @@ def quantize(
             notes=(
                 *opened.notes,
                 *window_notes,
-                *few_tokens_notes((row.shape[1], row.tokens, row.gap) for row in rows),
+                *few_tokens_notes((row.shape[1], row.tokens, row.holdout_ratio) for row in rows),
             ),
             versions=_versions(),
             layers=tuple(rows),
@@ -131,17 +133,18 @@ def preview(
 
     Of a folder only headers are read; a repo id is downloaded first, and a GGUF file is read whole.
     """
+    from llmq.hf.forward import find_shared_inputs
     from llmq.hf.self_calibration import ROWS, how_texts_start
     from llmq.hf.source import open_source
 
     config = config or QuantConfig()
     opened = open_source(source, dtype=config.dtype, device="cpu", revision=revision)
-    plan = make_plan(opened.model, config)
+    plan = make_plan(opened.model, config, partial(find_shared_inputs, opened))
     calibration = calibration or Calibration()
     if not method(config.method).calibrated:
-        return make_preview(opened, plan, 0)
+        return make_preview(opened, plan, config, 0, 0)
     length = _length(opened, calibration)
-    made = make_preview(opened, plan, calibration.num_samples * length)
+    made = make_preview(opened, plan, config, calibration.num_samples, length)
     if calibration.dataset != SELF:
         return made
     how_texts_start(opened)  # refused here as it would be
@@ -168,8 +171,10 @@ def _windows(
     progress: Callable[[Step | Writing], None],
 ) -> tuple[Tensor, CalibrationUsed | None, tuple[str, ...]]:
     """Token windows [n, tokens], and what the report says of them: the data used, and notes."""
+    from llmq.hf.forward import probe_ids
+
     if not method(config.method).calibrated:
-        return torch.arange(PROBE_TOKENS).remainder(source.config.get_text_config().vocab_size)[None], None, ()
+        return probe_ids(source.model), None, ()
     notes = []
     if calibration is not None and not isinstance(calibration, Calibration):
         windows, name = calibrating.checked(calibration, source.config.get_text_config()), "token ids"
@@ -222,36 +227,37 @@ def _run(
     staged: StagedCheckpoint,
     progress: Callable[[Step], None],
 ) -> tuple[list[LinearReport], list[PairReport]]:
-    """Capture, then quantize block by block, writing each as it is done."""
+    """Capture the blocks' inputs, then quantize block by block and write each one when it is done."""
+    from llmq.hf.forward import PROBE_TOKENS, capture_blocks
+
     source.load_outer()
     for name, tensor in source.outer_tensors():
         staged.write(name, tensor)
+    batches, lanes = split_into_lanes(windows, TOKENS_PER_BATCH)
+    captured = capture_blocks(source, batches)
+    probe = capture_blocks(source, [windows[:1, :PROBE_TOKENS]])
+    recipe = Recipe.of(config, source.dtype)
+    layers: list[LinearReport] = []
+    pairs: list[PairReport] = []
+    results = quantize_blocks(source, captured, lanes, probe, plan, recipe, progress)
+    del captured  # its hidden states are those of the first block
+    for result in results:
+        _write_block(source, result, staged)
+        layers += result.layers
+        pairs += result.pairs
+        del result
+        trim_heap()
+    return layers, pairs
 
-    def sink(index: int, block: nn.Module, codes: dict[str, QuantizedWeight]) -> None:
-        dense = {f"{source.checkpoint_name(name)}.weight": weight for name, weight in codes.items()}
-        for name, tensor in source.block_tensors(index):
-            if name not in dense:
-                staged.write(name, tensor)
-        for name, weight in dense.items():
-            for suffix, tensor in ct.encode(weight).items():
-                staged.write(f"{name.removesuffix('weight')}{suffix}", tensor)
 
-    captured, probe = _capture(source, windows)
-    return quantize_blocks(source, captured, probe, plan, config, source.dtype, sink, progress)
-
-
-def _capture(source: Source, windows: Tensor) -> tuple[Captured, Captured]:
-    """Every block's inputs and arguments, and those of a few tokens. Batches have a fixed number of tokens, so that
-    results never depend on memory.
-    """
-    batches = torch.split(windows, max(1, TOKENS_PER_BATCH // windows.shape[1]))
-    device = source.device
-
-    def run(ids: Tensor) -> object:
-        return source.model.base_model(input_ids=ids.to(device), use_cache=False)
-
-    few = windows[:1, :PROBE_TOKENS]
-    return capture(source.model, run, batches), capture(source.model, run, [few])
+def _write_block(source: Source, result: BlockResult, staged: StagedCheckpoint) -> None:
+    dense = {f"{source.checkpoint_name(name)}.weight": weight for name, weight in result.codes.items()}
+    for name, tensor in source.block_tensors(result.index):
+        if name not in dense:
+            staged.write(name, tensor)
+    for name, weight in dense.items():
+        for suffix, tensor in ct.encode(weight).items():
+            staged.write(f"{name.removesuffix('weight')}{suffix}", tensor)
 
 
 def quantization_config(source: Source, plan: Plan, config: QuantConfig) -> dict[str, Any]:

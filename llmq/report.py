@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from llmq.checkpoint.target import REPORT
 from llmq.config import QuantConfig
 from llmq.errors import LlmqError
-from llmq.quantization.block import LinearReport
+from llmq.quantization.rounding import LinearReport
 from llmq.transforms.base import PairReport
 
 SCHEMA = 1

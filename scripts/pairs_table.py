@@ -25,7 +25,7 @@ def row(arch: str) -> str:
     from tests.tiny import taken_apart
 
     found, missing = [], []
-    for pair in find_pairs(*taken_apart(arch)):
+    for pair in find_pairs(*taken_apart(arch)).pairs:
         consumers = " ".join(_short(name) for name in pair.consumers)
         if isinstance(pair, NoPair):
             missing.append(f"{consumers}: {pair.reason}")

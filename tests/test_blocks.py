@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, closing
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import llmq.blocks.replay as replay_module
 from llmq.blocks.capture import Call, capture, find_blocks
-from llmq.blocks.replay import replay, walk
+from llmq.blocks.replay import Stage, elements_per_batch, fits_suspended, replay, staged, suspended_bytes
 from llmq.blocks.topology import input_groups, linears
 from llmq.errors import LlmqError
+from llmq.hf.forward import shared_inputs
 from tests.tiny import ARCHITECTURES, VOCAB, tiny_model
 
 BATCHES = [torch.randint(3, VOCAB, (2, 24), generator=torch.Generator().manual_seed(s)) for s in range(3)]
@@ -63,16 +67,15 @@ def test_equal_arguments_of_batches_are_stored_once() -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("paused", [True, False])
-def test_walk_sees_each_gate_after_the_changes_before_it(arch: str, paused: bool) -> None:
-    """Against the definition: run the block from its start for every gate, with the changes made so far."""
+@pytest.mark.parametrize("suspend", [True, False])
+def test_each_stage_sees_the_changes_of_the_stages_before_it(arch: str, suspend: bool) -> None:
+    """Against the definition: run the block from its start for every stage, with the changes made so far."""
     model = tiny_model(arch)
     _, blocks = find_blocks(model)
     captured = capture(model, run(model), BATCHES)
     block, calls = blocks[1], captured.calls[1]
     hidden = replay(blocks[0], captured.calls[0], captured.hidden)
-    names = list(linears(block))
-    groups = input_groups(block, calls[0], hidden[0], names)
+    groups = input_groups(block, calls[0], hidden[0])
 
     def shrink(target: nn.Module, group: tuple[str, ...]) -> None:
         for name in group:
@@ -88,35 +91,182 @@ def test_walk_sees_each_gate_after_the_changes_before_it(arch: str, paused: bool
     outputs = replay(slow, calls, hidden)
 
     seen: list[Tensor] = []
-    gates = [linears(block)[group[0]] for group in groups]
-    with torch.no_grad():
-        got = walk(
-            block,
-            calls,
-            list(hidden),
-            gates,
-            lambda g, x: seen.append(x.clone()),
-            lambda g: shrink(block, groups[g]),
-            paused,
-        )
+    stages = [Stage.at(linears(block)[group[0]]) for group in groups]
+    with closing(staged(block, calls, hidden, stages, suspend)) as runs:
+        for group, inputs in zip(groups, runs, strict=False):
+            seen += [x.clone() for (x,) in inputs]
+            shrink(block, group)
+        got = [y for (y,) in next(runs)]
     assert len(seen) == len(wanted)
     assert all(torch.equal(a, b) for a, b in zip(seen, wanted, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(got, outputs, strict=True))
 
 
-def test_an_error_inside_a_walk_reaches_the_caller_and_leaves_no_hook() -> None:
+@pytest.mark.parametrize("suspend", [True, False])
+def test_inputs_that_the_caller_does_not_ask_for_change_nothing(suspend: bool) -> None:
     model = tiny_model("llama")
-    _, blocks = find_blocks(model)
+    block = find_blocks(model)[1][0]
     captured = capture(model, run(model), BATCHES)
-    gate = linears(blocks[0])["mlp.down_proj"]
+    stages = [Stage.at(linears(block)[name]) for name in ("self_attn.o_proj", "mlp.down_proj")]
+    with closing(staged(block, captured.calls[0], captured.hidden, stages, suspend)) as runs:
+        next(next(runs))  # one batch of three
+        next(runs)
+        got = [y for (y,) in next(runs)]
+    want = replay(block, captured.calls[0], captured.hidden)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
-    def fail(_: int) -> None:
-        raise LlmqError("stop here")
 
-    for paused in (True, False):
-        with pytest.raises(LlmqError, match="stop here"):
-            walk(blocks[0], captured.calls[0], captured.hidden, [gate], lambda g, x: None, fail, paused)
-    assert not gate._forward_pre_hooks
+@pytest.mark.parametrize("suspend", [True, False])
+def test_an_error_of_the_caller_leaves_no_hook_and_no_suspended_forward(suspend: bool) -> None:
+    block = InAutocast()
+    hidden = [torch.randn(1, 4, 8) for _ in range(2)]
+    calls = [Call(0, (None,), {})] * 2
+
+    def fail() -> None:
+        with closing(staged(block, calls, hidden, [Stage.at(block.a), Stage.at(block.c)], suspend)) as runs:
+            for inputs in runs:
+                next(inputs)
+                raise LlmqError("stop here")
+
+    with pytest.raises(LlmqError, match="stop here"):
+        fail()
+    assert not any(module._forward_pre_hooks for module in block.modules())
+    assert not torch.is_autocast_enabled("cpu")
+
+
+class InAutocast(nn.Module):
+    """A block that runs its second linear inside a context manager of torch."""
+
+    def __init__(self, mode: str = "autocast") -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.mode = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), mode
+
+    def context(self) -> AbstractContextManager[object]:
+        if self.mode == "autocast":
+            return torch.autocast("cpu", torch.bfloat16)
+        return sdpa_kernel(SDPBackend.MATH) if self.mode == "sdpa" else torch.enable_grad()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        with self.context():
+            x = self.b(x)
+        return self.c(x.float())
+
+
+@pytest.mark.parametrize("mode", ["autocast", "sdpa", "enable_grad"])
+def test_a_linear_inside_a_context_manager_is_replayed_rightly_and_the_context_is_left(mode: str) -> None:
+    block = InAutocast(mode)
+    hidden = [torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    calls = [Call(0, (None,), {})] * 3
+    stages = [Stage.at(module) for module in (block.a, block.b, block.c)]
+    found = {}
+    for suspend in (True, False):
+        with closing(staged(block, calls, hidden, stages, suspend)) as runs:
+            found[suspend] = [[x for (x,) in inputs] for inputs in runs]
+        assert not torch.is_autocast_enabled("cpu")
+        assert torch.is_grad_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled()
+    for mine, other in zip(found[True], found[False], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
+    assert torch.equal(found[True][-1][2], replay(block, calls, hidden)[2])
+
+
+class Swapping(nn.Module):
+    """A block that runs its linears in an order that depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)) if float(x.sum()) > 0 else self.a(self.b(x))
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+def test_linears_that_run_in_another_order_from_batch_to_batch_are_refused(order: tuple[str, str]) -> None:
+    """Suspended forwards only: repeated ones would see no difference."""
+    block = Swapping()
+    hidden = [torch.ones(1, 2, 8), -torch.ones(1, 2, 8)]
+    stages = [Stage.at(getattr(block, name)) for name in order]
+
+    def use() -> None:
+        with closing(staged(block, [Call(0, (None,), {})] * 2, hidden, stages, True)) as runs:
+            for inputs in runs:
+                list(inputs)
+
+    with pytest.raises(LlmqError, match="run in a different order from call to call"):
+        use()
+
+
+def test_a_stop_that_does_not_run_is_refused_when_forwards_are_repeated() -> None:
+    block = TwoLinears(0)
+    runs = staged(block, [Call(0, (None,), {})], [torch.ones(1, 2, 8)], [Stage.at(block.b)], False)
+    with closing(runs), pytest.raises(LlmqError, match="run in a different order"):
+        list(next(runs))
+
+
+class Router(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, flat: Tensor) -> Tensor:
+        y = torch.zeros_like(flat)
+        chosen = flat[:, 0] > 0
+        half = chosen.nonzero().flatten()
+        for part in half.chunk(2):  # runs several times
+            y[part] = self.experts[0](flat[part])
+        y[~chosen] = self.experts[1](flat[~chosen])
+        return y
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.router = nn.Linear(8, 8), Router()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.router(self.first(x).reshape(-1, 8)).view(x.shape)
+
+
+@pytest.mark.parametrize("suspend", [True, False])
+def test_a_stage_observes_members_that_some_tokens_or_none_reach(suspend: bool) -> None:
+    block = Experts()
+    hidden = [torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    calls = [Call(0, (None,), {})] * 3
+    stages = [Stage.at(block.first), Stage(block.router, tuple(block.router.experts))]
+    with closing(staged(block, calls, hidden, stages, suspend)) as runs:
+        list(next(runs))
+        block.first.weight.data.mul_(0.5)
+        routed = list(next(runs))
+        outputs = [y for (y,) in next(runs)]
+    for x, members, y in zip(hidden, routed, outputs, strict=True):
+        flat = block.first(x).reshape(-1, 8)
+        chosen = flat[:, 0] > 0
+        assert torch.equal(members[0], flat[chosen])
+        assert torch.equal(members[1], flat[~chosen])
+        assert members[2].shape == (0, 8)
+        assert torch.equal(y, block(x))
+    assert not any(module._forward_pre_hooks for module in block.modules())
+
+
+def test_what_is_suspended_follows_the_memory_that_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = find_blocks(tiny_model("llama"))[1][0]
+    hidden = [torch.zeros(2, 24, 64)]
+    needed = suspended_bytes(block, hidden)
+    widths = sum(m.out_features for m in linears(block).values()) + 4 * 64
+    assert needed == 2 * 24 * widths * 4
+    for available, fits in ((2 * needed, True), (2 * needed - 2, False)):
+        monkeypatch.setattr(replay_module, "available_bytes", lambda _, available=available: available)
+        assert fits_suspended(block, hidden) == fits
+
+
+def test_attention_probabilities_count_where_the_block_keeps_them() -> None:
+    """BLOOM has no fused attention in transformers: 4 heads of [tokens, tokens] for each window."""
+    fused, eager = (find_blocks(tiny_model(arch))[1][0] for arch in ("llama", "bloom"))
+    for block, heads in ((fused, 0), (eager, 4)):
+        widths = sum(m.out_features for m in linears(block).values()) + 4 * 64
+        assert elements_per_batch(block, 3, 50, 64) == 3 * 50 * (widths + heads * 50)
 
 
 GROUPS = {
@@ -136,7 +286,7 @@ def test_linears_are_grouped_by_the_input_they_share(arch: str) -> None:
     model = tiny_model(arch)
     _, blocks = find_blocks(model)
     captured = capture(model, run(model), BATCHES[:1])
-    groups = input_groups(blocks[0], captured.calls[0][0], captured.hidden[0], list(linears(blocks[0])))
+    groups = input_groups(blocks[0], captured.calls[0][0], captured.hidden[0])
     assert sorted(tuple(sorted(g)) for g in groups) == sorted(tuple(sorted(g)) for g in GROUPS[arch])
     assert groups[-1][0] == GROUPS[arch][-1][0] or arch in ("cohere", "falcon"), "execution order"
 
@@ -157,14 +307,14 @@ class TwoLinears(nn.Module):
 
 @pytest.mark.parametrize("times", [0, 2])
 def test_linears_that_are_not_needed_may_run_as_they_like(times: int) -> None:
-    found = input_groups(TwoLinears(times), Call(0, (None,), {}), torch.randn(1, 2, 8), ["a", "b"], ["a"])
-    assert found == [("a",)]
+    found = input_groups(TwoLinears(times), Call(0, (None,), {}), torch.randn(1, 2, 8), ["a"])
+    assert found == (("a",),)
 
 
 @pytest.mark.parametrize("times", [0, 2])
 def test_linears_that_do_not_run_exactly_once_are_refused(times: int) -> None:
     with pytest.raises(LlmqError, match=f"b of TwoLinears runs {times} times in one forward"):
-        input_groups(TwoLinears(times), Call(0, (None,), {}), torch.randn(1, 2, 8), ["a", "b"])
+        input_groups(TwoLinears(times), Call(0, (None,), {}), torch.randn(1, 2, 8))
 
 
 class Meddler(nn.Module):
@@ -188,12 +338,38 @@ class Meddler(nn.Module):
 @pytest.mark.parametrize("as_tuple", [True, False])
 def test_models_that_change_hidden_states_between_blocks_are_refused(as_tuple: bool) -> None:
     captured = capture(Meddler(False, as_tuple), Meddler(False, as_tuple), BATCHES[:0])
-    assert captured.hidden == []
+    assert captured.hidden == ()
     good = Meddler(False, as_tuple)
     assert len(capture(good, good, BATCHES[:1]).calls) == 3
     bad = Meddler(True, as_tuple)
     with pytest.raises(LlmqError, match="the model changes them in between"):
         capture(bad, bad, BATCHES[:1])
+
+
+def test_a_captured_call_holds_no_cache() -> None:
+    """A replayed block must neither see nor extend what an earlier call left."""
+    model = tiny_model("llama")
+    block = find_blocks(model)[1][0]
+    captured = capture(model, lambda ids: model.base_model(input_ids=ids, use_cache=True), BATCHES[:1])
+    call = captured.calls[0][0]
+    assert not any(hasattr(value, "get_seq_length") for value in (*call.args, *call.kwargs.values()))
+    first, second = (replay(block, [call], captured.hidden)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_groups_of_a_whole_model_are_found_without_data(arch: str) -> None:
+    model = tiny_model(arch)
+    prefix, blocks = find_blocks(model)
+    needed = {f"{prefix}.{i}": list(linears(block)) for i, block in enumerate(blocks)}
+    captured = capture(model, run(model), BATCHES[:1])
+    want = {
+        name: input_groups(block, captured.calls[i][0], captured.hidden[0])
+        for i, (name, block) in enumerate(zip(needed, blocks, strict=True))
+    }
+    assert shared_inputs(model, needed) == want
+    model.to("meta")
+    assert shared_inputs(model, needed) == want
 
 
 def test_a_model_without_blocks_is_refused() -> None:

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmq.blocks.statistics import Statistics
 from llmq.core.grid import Grid, checked_scale, quantize
 from llmq.methods.base import Target
 from llmq.methods.joint import FACTORS, STEP, WIDEST, search_jointly
@@ -117,6 +118,6 @@ def test_nearest_rounding_takes_it_where_there_is_data() -> None:
     weight, h = problem(8, 128)
     grid = Grid(4, 32, True)
     expected, _ = search_jointly(weight, grid, torch.bfloat16, h, DAMPING)
-    rounded = rtn(weight, h, Target(grid, torch.bfloat16, "search", DAMPING)).weight
+    rounded = rtn(weight, Statistics(h, 1000), Target(grid, torch.bfloat16, "search", DAMPING)).weight
     assert torch.equal(rounded.scale, expected)
     assert torch.equal(rounded.codes, quantize(weight, expected, None, grid).codes)

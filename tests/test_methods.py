@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from llmq.blocks.statistics import Statistics
 from llmq.core.grid import Grid, fit, quantize
 from llmq.errors import LlmqError
 from llmq.methods import ROUNDINGS, rounding
@@ -25,6 +26,10 @@ def problem(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch
         * torch.logspace(-1, 1, columns)[torch.randperm(columns, generator=generator)]
     )
     return torch.randn(rows, columns, generator=generator), x.T @ x / len(x)
+
+
+def seen(hessian: torch.Tensor) -> Statistics:
+    return Statistics(hessian, 1000)
 
 
 def target(size: int | None, symmetric: bool = True, scales: str = "search", bits: int = 4) -> Target:
@@ -56,7 +61,7 @@ def slow_gptq(weight: torch.Tensor, hessian: torch.Tensor, to: Target) -> torch.
 def test_gptq_equals_a_slow_transcription(rows: int, columns: int, size: int | None, symmetric: bool) -> None:
     weight, hessian = problem(rows, columns)
     to = target(size, symmetric)
-    fast = gptq(weight, hessian, to).weight.dequantize(torch.float64)
+    fast = gptq(weight, seen(hessian), to).weight.dequantize(torch.float64)
     slow = slow_gptq(weight, hessian, to)
     step = fit_scales("search")(weight, to.grid, to.dtype, hessian.diagonal())[0].float().abs().max()
     different = (fast - slow).abs() > 0.1 * step
@@ -71,7 +76,7 @@ def test_gptq_beats_rtn_and_search_beats_minmax_at_every_width(bits: int, symmet
     weight, hessian = problem(32, 128)
 
     def error(name: str, scales: str) -> float:
-        rounded = rounding(name)(weight, hessian, target(32, symmetric, scales, bits))
+        rounded = rounding(name)(weight, seen(hessian), target(32, symmetric, scales, bits))
         return output_errors(weight, [rounded.weight], hessian)[0]
 
     assert error("gptq", "minmax") < 0.7 * error("rtn", "minmax")
@@ -84,8 +89,8 @@ def test_gptq_beats_rtn_and_search_beats_minmax_at_every_width(bits: int, symmet
 def test_roundings_are_deterministic_and_leave_their_inputs_alone(name: str) -> None:
     weight, hessian = problem(8, 64)
     copies = weight.clone(), hessian.clone()
-    first = rounding(name)(weight, hessian, target(32)).weight
-    second = rounding(name)(weight, hessian, target(32)).weight
+    first = rounding(name)(weight, seen(hessian), target(32)).weight
+    second = rounding(name)(weight, seen(hessian), target(32)).weight
     assert torch.equal(first.codes, second.codes)
     assert torch.equal(first.scale, second.scale)
     assert torch.equal(weight, copies[0])
@@ -96,8 +101,8 @@ def test_roundings_are_deterministic_and_leave_their_inputs_alone(name: str) -> 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_rows_do_not_depend_on_each_other(name: str, symmetric: bool) -> None:
     weight, hessian = problem(12, 64)
-    together = rounding(name)(weight, hessian, target(32, symmetric)).weight
-    apart = rounding(name)(weight[4:9], hessian, target(32, symmetric)).weight
+    together = rounding(name)(weight, seen(hessian), target(32, symmetric)).weight
+    apart = rounding(name)(weight[4:9], seen(hessian), target(32, symmetric)).weight
     assert torch.equal(together.rows(4, 9).codes, apart.codes)
 
 
@@ -184,7 +189,7 @@ def test_dead_inputs_are_named_and_rounded_to_nearest() -> None:
     dead = [3, 40]
     hessian[dead] = 0
     hessian[:, dead] = 0
-    rounded = gptq(weight, hessian, target(32))
+    rounded = gptq(weight, seen(hessian), target(32))
     assert rounded.notes == ("2 dead inputs",)
     nearest = quantize(weight, rounded.weight.scale, None, Grid(4, 32, True))
     assert torch.equal(rounded.weight.codes[:, dead], nearest.codes[:, dead])
@@ -194,11 +199,11 @@ def test_more_damping_then_float64_each_said() -> None:
     weight, _ = problem(4, 32)
     indefinite = torch.eye(32)
     indefinite[0, 1] = indefinite[1, 0] = 1.05
-    rounded = gptq(weight, indefinite, target(32))
+    rounded = gptq(weight, seen(indefinite), target(32))
     assert rounded.notes == ("not positive definite at damping 0.01 in float32",)
     indefinite[0, 1] = indefinite[1, 0] = 3.0
     with pytest.raises(LlmqError, match="cannot be factored even with damping 1 in float64"):
-        gptq(weight, indefinite, target(32))
+        gptq(weight, seen(indefinite), target(32))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

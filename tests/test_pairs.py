@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from llmq.blocks.capture import Call
-from llmq.transforms.pairs import NoPair, Pair, find_pairs, scale_consumer, scale_producer
+from llmq.transforms import pairs as pairs_module
+from llmq.transforms.pairs import KnownPairs, NoPair, Pair, find_pairs, scale_consumer, scale_producer
 from tests.tiny import ARCHITECTURES, HIDDEN, INTERMEDIATE, taken_apart
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,7 +75,7 @@ EXPECTED = {
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_pairs_of_every_architecture(arch: str) -> None:
     block, call, hidden, groups = taken_apart(arch)
-    found = find_pairs(block, call, hidden, groups)
+    found = find_pairs(block, call, hidden, groups).pairs
     assert [row.consumers for row in found] == groups
     assert {row.producer: " ".join(row.consumers) for row in found if isinstance(row, Pair)} == EXPECTED[arch]
     assert all(row.reason for row in found if isinstance(row, NoPair))
@@ -84,7 +86,7 @@ def test_any_scale_preserves_the_blocks_function(arch: str) -> None:
     block, call, hidden, groups = taken_apart(arch, 1)
     before = call(block, hidden)
     generator = torch.Generator().manual_seed(3)
-    for pair in find_pairs(block, call, hidden, groups):
+    for pair in find_pairs(block, call, hidden, groups).pairs:
         if not isinstance(pair, Pair):
             continue
         scaled = copy.deepcopy(block)
@@ -104,11 +106,11 @@ def test_channels_of_grouped_and_fused_heads() -> None:
     shared = torch.tensor([head // 2 * 16 + i for head in range(4) for i in range(16)])
     for arch, offset in (("llama", 0), ("phi3", 96)):
         block, call, hidden, groups = taken_apart(arch)
-        pair = find_pairs(block, call, hidden, groups)[1]
+        pair = find_pairs(block, call, hidden, groups).pairs[1]
         assert isinstance(pair, Pair)
         assert torch.equal(pair.channels, shared + offset)
     block, call, hidden, groups = taken_apart("phi3")
-    pair = find_pairs(block, call, hidden, groups)[3]
+    pair = find_pairs(block, call, hidden, groups).pairs[3]
     assert isinstance(pair, Pair)
     assert torch.equal(pair.channels, torch.arange(INTERMEDIATE, 2 * INTERMEDIATE)), "up is the second half"
 
@@ -117,7 +119,7 @@ def test_norms_that_add_one_are_told_from_those_that_do_not() -> None:
     forms = {}
     for arch in ("llama", "gemma2", "opt"):
         block, call, hidden, groups = taken_apart(arch)
-        forms[arch] = find_pairs(block, call, hidden, groups)[0].form  # type: ignore[union-attr]
+        forms[arch] = find_pairs(block, call, hidden, groups).pairs[0].form  # type: ignore[union-attr]
     assert forms == {"llama": "weight", "gemma2": "one_plus", "opt": "weight"}
 
 
@@ -141,10 +143,10 @@ class Toy(nn.Module):
         return out
 
 
-def toy(**kwargs: object) -> list[Pair | NoPair]:
+def toy(**kwargs: object) -> tuple[Pair | NoPair, ...]:
     block = Toy(**{"activation": nn.ReLU(), **kwargs})  # type: ignore[arg-type]
     hidden = torch.randn(1, 16, HIDDEN)
-    return find_pairs(block, Call(0, (None,), {}), hidden, [("up",), ("down",)])
+    return find_pairs(block, Call(0, (None,), {}), hidden, [("up",), ("down",)]).pairs
 
 
 def test_what_else_reads_the_producer_is_caught() -> None:
@@ -172,16 +174,53 @@ def test_a_norm_without_weight_is_named() -> None:
     assert found.reason == "norm produces their input: no scale passes through it, and it has no weight"
 
 
-def test_known_pairs_are_proven_again_and_nothing_is_changed() -> None:
-    block, call, hidden, groups = taken_apart("llama")
-    before = copy.deepcopy(block.state_dict())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_known_pairs_are_proven_on_the_block_itself(
+    arch: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No probe is built for a block like the last one, and nothing of the block is changed."""
+    block, call, hidden, groups = taken_apart(arch)
     known = find_pairs(block, call, hidden, groups)
+    block, call, hidden, _ = taken_apart(arch, 1, dtype)
+    before = copy.deepcopy(block.state_dict())
+    if dtype != torch.float16:  # whose denormal numbers may ask for a probe
+        monkeypatch.setattr(pairs_module, "Probe", None)
     again = find_pairs(block, call, hidden, groups, known)
-    assert all(a is b for a, b in zip(known, again, strict=True))
-    wrong = [Pair("self_attn.k_proj", "rows", torch.arange(64) % 32, groups[1])]
-    found = find_pairs(block, call, hidden, groups, wrong)
-    assert found[1].producer == "self_attn.v_proj"  # type: ignore[union-attr]
+    assert [pair.consumers for pair in again.pairs] == groups
+    assert all(a is b for a, b in zip(known.pairs, again.pairs, strict=True) if isinstance(a, Pair))
     assert all(torch.equal(before[key], value) for key, value in block.state_dict().items())
+
+
+def test_a_known_pair_that_does_not_hold_is_searched_for_again() -> None:
+    block, call, hidden, groups = taken_apart("llama")
+    wrong = KnownPairs("", (Pair("self_attn.k_proj", "rows", torch.arange(64) % 32, groups[1]),))
+    found = find_pairs(block, call, hidden, groups, wrong).pairs
+    assert found[1].producer == "self_attn.v_proj"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("leak", ["norm", "inner"])
+def test_a_known_pair_is_refused_in_a_block_that_leaks(leak: str) -> None:
+    """The same modules and shapes, called by other code: the proof on the block itself must see it."""
+    calls, hidden, groups = Call(0, (None,), {}), torch.randn(1, 16, HIDDEN), [("up",), ("down",)]
+    known = find_pairs(Toy(nn.ReLU()), calls, hidden, groups)
+    assert all(isinstance(pair, Pair) for pair in known.pairs)
+    found = find_pairs(Toy(nn.ReLU(), leak), calls, hidden, groups, known).pairs
+    assert [isinstance(pair, NoPair) for pair in found] == [leak == "norm", leak == "inner"]
+
+
+def test_the_lack_of_a_pair_is_known_for_blocks_of_the_same_structure_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, call, hidden, groups = taken_apart("olmo2")
+    known = find_pairs(block, call, hidden, groups)
+    assert any(isinstance(pair, NoPair) for pair in known.pairs)
+    other = dataclasses.replace(known, structure="another")
+    built = []
+    probe = pairs_module.Probe
+    monkeypatch.setattr(pairs_module, "Probe", lambda *given: built.append(given) or probe(*given))
+    assert find_pairs(block, call, hidden, groups, known) == known
+    assert not built
+    find_pairs(block, call, hidden, groups, other)
+    assert len(built) == 1
 
 
 def test_the_table_in_the_docs_is_what_the_command_prints() -> None:

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from llmq.blocks.capture import Call, capture, find_blocks
-from llmq.blocks.topology import input_groups, linears
+from llmq.blocks.topology import input_groups
 
 VOCAB = 128
 HIDDEN = 64
@@ -121,11 +121,13 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
             parameter.copy_(noise / math.sqrt(parameter.shape[-1]))
 
 
-def taken_apart(arch: str, index: int = 0) -> tuple[torch.nn.Module, Call, torch.Tensor, list[tuple[str, ...]]]:
+def taken_apart(
+    arch: str, index: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[torch.nn.Module, Call, torch.Tensor, list[tuple[str, ...]]]:
     """A block of `tiny_model(arch)`, how the model calls it on 16 tokens, its input, and its linears by shared input."""
-    model = tiny_model(arch)
+    model = tiny_model(arch).to(dtype)
     _, blocks = find_blocks(model)
     ids = torch.randint(3, VOCAB, (1, 16), generator=torch.Generator().manual_seed(1))
     captured = capture(model, lambda batch: model.base_model(input_ids=batch, use_cache=False), [ids])
     call, hidden = captured.calls[index][0], captured.hidden[0]
-    return blocks[index], call, hidden, input_groups(blocks[index], call, hidden, list(linears(blocks[index])))
+    return blocks[index], call, hidden, list(input_groups(blocks[index], call, hidden))

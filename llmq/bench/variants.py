@@ -14,6 +14,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -24,6 +25,7 @@ from llmq.bench.random_models import random_model
 from llmq.config import QuantConfig
 from llmq.errors import LlmqError
 from llmq.eval.models import wait
+from llmq.hf.forward import shared_inputs
 from llmq.hf.inference import open_model
 from llmq.hf.quantizer import load
 from llmq.hf.source_base import quiet
@@ -85,7 +87,7 @@ def of_shape(shape: str, config: QuantConfig, dtype: torch.dtype, device: str, s
 def packed_twin(model: Any, config: QuantConfig) -> Any:
     """A model whose blocks' linears are those of `model` rounded to nearest; it shares every other tensor with it."""
     twin = sharing_copy(model)
-    for name, row in make_plan(model, config).linears.items():
+    for name, row in make_plan(model, config, partial(shared_inputs, model)).linears.items():
         linear = model.get_submodule(name)
         target = Target(row.grid, linear.weight.dtype, str(config.scales), config.damping)
         rounded = rtn(linear.weight.float(), None, target).weight

@@ -50,10 +50,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Captured:
-    """hidden[b]: the first block's input for batch b. calls[i][b]: how block i is called for batch b."""
+    """What the decoder blocks of a model are given.
 
-    hidden: list[Tensor]
-    calls: list[list[Call]]
+    Fields:
+        hidden: the first block's input for each batch, [batch, tokens, width].
+        calls: for each block, how it is called for each batch.
+    """
+
+    hidden: tuple[Tensor, ...]
+    calls: tuple[tuple[Call, ...], ...]
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -157,7 +162,7 @@ def capture(model: nn.Module, run: Callable[[Tensor], object], batches: Sequence
     finally:
         for index, block in enumerate(originals):
             blocks[index] = block
-    return Captured(hidden, calls)
+    return Captured(tuple(hidden), tuple(tuple(found) for found in calls))
 
 
 def _run_stubs(

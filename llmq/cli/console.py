@@ -24,7 +24,7 @@ from llmq.names import gathered_names, some
 if TYPE_CHECKING:
     from llmq.eval.base import Metric
     from llmq.evaluation import Evaluation
-    from llmq.quantization.block import LinearReport
+    from llmq.quantization.rounding import LinearReport
     from llmq.quantization.sizing import Preview
     from llmq.report import Report
     from llmq.transforms.base import PairReport
@@ -110,7 +110,7 @@ def _print_pairs(console: Console, pairs: Sequence[PairReport]) -> None:
         kinds.setdefault(producer + consumers, []).append(pair)
     for kind, rows in kinds.items():
         scaled = [row for row in rows if row.note is None]
-        ratios = [row.held for row in scaled if row.held is not None]
+        ratios = [row.held_out_ratio for row in scaled if row.held_out_ratio is not None]
         gain = f", held-out error multiplied by {_mean(ratios):.2f}" if ratios else ""
         reasons = Counter(row.note for row in rows if row.note)
         others = "".join(f"; {count} not rescaled: {reason}" for reason, count in reasons.items())
@@ -136,7 +136,7 @@ def _averages(rows: Sequence[LinearReport]) -> list[str]:
         f"{error:.5f}",
         f"{baseline:.5f}",
         f"{error / baseline:.2f}" if baseline else "-",
-        f"{_mean([row.ends for row in rows]):.1%}",
+        f"{_mean([row.saturated for row in rows]):.1%}",
         f"{_mean([row.clipped for row in rows]):.1%}",
         "/".join(groups),
         f"{sum(row.seconds for row in rows):.1f}",

@@ -80,3 +80,8 @@ class QuantizedWeight:
             self.group_size,
             self.bits,
         )
+
+    def select(self, rows: Tensor) -> QuantizedWeight:
+        """The weight of some output rows. rows: int64 [n], their numbers."""
+        zero = None if self.zero is None else self.zero[rows]
+        return QuantizedWeight(self.codes[rows], self.scale[rows], zero, self.group_size, self.bits)

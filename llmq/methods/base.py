@@ -1,9 +1,9 @@
-"""What a rounding is: a pure function of a weight and the second moment of its inputs.
+"""What a rounding is: a pure function of a weight and the statistics of its inputs.
 
-    rounding(weight [N, K], hessian [K, K] or None, target) -> Rounded
+    rounding(weight [N, K], statistics or None, target) -> Rounded
 
 Rows are independent of each other in every method, so the linears that read the same input are rounded as one stacked
-weight and taken apart afterwards: same bytes, one factorization, one loop.
+weight and taken apart afterwards: the same codes, from one factorization and one loop.
 """
 
 from __future__ import annotations
@@ -14,18 +14,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmq.blocks.statistics import Statistics
 from llmq.core.grid import Grid
 from llmq.core.quantized import QuantizedWeight
+
+SAMPLED_ROWS = 128
+"""Rows of a weight that errors are estimated from."""
 
 
 @dataclass(frozen=True)
 class Target:
     """What a weight is rounded to.
 
-    grid: bits, group size, symmetry.
-    dtype: the dtype in which scales are stored.
-    scales: `minmax` or `search` (`llmq.methods.scales`).
-    damping: share of the mean diagonal added to the Hessian.
+    Fields:
+        grid: bits, group size, symmetry.
+        dtype: the dtype in which scales are stored.
+        scales: `minmax` or `search` (`llmq.methods.scales`).
+        damping: share of the mean diagonal that is added to the Hessian's diagonal.
     """
 
     grid: Grid
@@ -36,30 +41,29 @@ class Target:
 
 @dataclass(frozen=True)
 class Rounded:
-    """A quantized weight, and whatever was out of the ordinary on the way to it (each a line of the report)."""
+    """A quantized weight, and a line for the report for everything unusual on the way to it."""
 
     weight: QuantizedWeight
     notes: tuple[str, ...] = ()
 
 
-PANEL = 512  # rows whose error is measured at a time
+Rounding = Callable[[Tensor, "Statistics | None", Target], Rounded]
 
-Rounding = Callable[[Tensor, Tensor | None, Target], Rounded]
+
+def sampled_rows(count: int, device: torch.device) -> Tensor:
+    """The numbers of at most `SAMPLED_ROWS` of `count` rows, evenly spaced: int64."""
+    rows = min(SAMPLED_ROWS, count)
+    return torch.arange(rows, device=device) * count // rows
 
 
 def output_errors(weight: Tensor, candidates: Sequence[QuantizedWeight], hessian: Tensor | None) -> list[float]:
-    """||(W - Q) X||^2 / ||W X||^2 of each Q, from H = X X^T / tokens; with no Hessian, the same of the weights alone.
+    """||(W - Q) X||^2 / ||W X||^2 of each Q, from H = X X^T / tokens; without a Hessian, the same of the weights alone.
 
-    weight: float32 [N, K]; hessian: float32 [K, K]. Ratios; 0 for a weight that produces no output at all. Some rows at
-    a time, so that no second [N, K] tensor is made.
+    weight: float32 [N, K]; candidates: of the same rows. hessian: float32 [K, K]. Returns ratios; 0 for a weight that
+    produces no output at all.
     """
-    total, lost = 0.0, [0.0] * len(candidates)
-    for start in range(0, len(weight), PANEL):
-        rows = weight[start : start + PANEL]
-        total += _energy(rows, hessian)
-        for index, quantized in enumerate(candidates):
-            error = quantized.rows(start, start + len(rows)).dequantize(torch.float32).sub_(rows)
-            lost[index] += _energy(error, hessian)
+    total = _energy(weight, hessian)
+    lost = [_energy(quantized.dequantize(torch.float32).sub_(weight), hessian) for quantized in candidates]
     return [value / total if total > 0 else 0.0 for value in lost]
 
 

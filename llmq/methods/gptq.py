@@ -9,7 +9,7 @@ layer on the calibration inputs changes least. Here
     order            columns by falling diagonal of H (the "act-order" of the reference code)
     factor           the paper's Cholesky factor of H^-1 (section 3.3, step 3), but from one Cholesky of H with the
                      columns reversed and one triangular inverse: H^-1 itself is never formed
-    lazy updates     blocks of 128 columns; the rest of the matrix hears of a block's errors in one product (step 2)
+    lazy updates     blocks of 128 columns; the remaining columns are updated once per block, in one product (step 2)
     layout           the weight is worked on transposed, [K, N], so that a column is contiguous and every row of the
                      weight is one lane
 
@@ -24,6 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmq.blocks.statistics import Statistics
 from llmq.core.grid import Grid
 from llmq.core.quantized import QuantizedWeight
 from llmq.errors import LlmqError
@@ -36,13 +37,14 @@ PIECE = 1 << 20
 DAMPING_FACTORS = (1, 10, 100)
 
 
-def gptq(weight: Tensor, hessian: Tensor | None, target: Target) -> Rounded:
-    """weight float32 [N, K], hessian float32 [K, K] (mean of x x^T over tokens) -> codes with error feedback.
+def gptq(weight: Tensor, statistics: Statistics | None, target: Target) -> Rounded:
+    """Round weight float32 [N, K] with error feedback against the Hessian of `statistics`, which is not changed.
 
-    Raises `LlmqError` when there is no Hessian or it cannot be factored at any damping.
+    Raises `LlmqError` when there are no statistics, or the Hessian cannot be factored at any damping.
     """
-    if hessian is None:
+    if statistics is None:
         raise LlmqError("gptq needs calibration data: it rounds against the second moment of the inputs")
+    hessian = statistics.hessian
     diagonal = hessian.diagonal()
     scale, zero = fit_scales(target.scales)(weight, target.grid, target.dtype, diagonal)
     order = torch.argsort(diagonal, descending=True, stable=True)

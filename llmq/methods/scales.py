@@ -54,12 +54,12 @@ def search(
     """The candidate of least weighted squared error in each group.
 
     weight: [N, K] floating. importance: [K], not negative; None weighs all columns alike and clips next to nothing.
-    step: try every so manieth ratio.
+    step: evaluate every `step`-th ratio.
     Returns scale [N, G] in `dtype` and zero uint8 [N, G], None when symmetric. Ties go to the earlier candidate.
     """
     groups = grouped(weight.float(), grid)  # [N, G, g]
     rows, count, size = groups.shape
-    root = torch.ones(count, size) if importance is None else _root(importance).view(count, size)
+    root = torch.ones(count, size, dtype=torch.float32) if importance is None else _root(importance).view(count, size)
     root = root.to(groups.device)
     scale = torch.empty(rows, count, dtype=dtype, device=groups.device)
     zero = None if grid.symmetric else torch.empty(rows, count, dtype=torch.uint8, device=groups.device)

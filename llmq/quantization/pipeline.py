@@ -1,23 +1,12 @@
-"""The loop over decoder blocks: load, transform, observe, round, write back, run on, hand over, drop.
+"""The loop over decoder blocks: load, quantize, hand over, drop.
 
-    for each block:
-        group its linears by the input that they share (topology)
-        where the method has a transform: change the block so that rounding it costs less (transforms)
-        for each group, in execution order, on inputs from the already quantized predecessors (true-sequential):
-            second moment of the input over all batches -> round the group's stacked weights -> write back dequantized
-        the quantized block's outputs are the next block's inputs
-        hand the codes to the sink, drop the block
-
-One block and its Hessians are alive at a time. A method that needs no data sees one short batch only, to learn what
-shares an input. Knows nothing of files, formats, kernels or transformers. What is done to one block: `llmq.quantization.block`.
+One block and its statistics are in memory at a time. `quantize_blocks` is a generator: its caller writes each result,
+journals it, and shows progress. It knows nothing of files, formats, kernels or transformers.
 """
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -26,27 +15,27 @@ import torch
 from torch import nn
 
 from llmq.blocks.capture import Captured
-from llmq.config import QuantConfig
-from llmq.core.quantized import QuantizedWeight
-from llmq.quantization.block import BlockWork, LinearReport
+from llmq.quantization.block import BlockInputs, BlockResult, BlockState, quantize_block
 from llmq.quantization.plan import Plan
-from llmq.transforms.base import PairReport
-from llmq.transforms.pairs import NoPair, Pair
-
-MAPPED = 4 << 20
-M_MMAP_THRESHOLD = -3  # malloc.h
+from llmq.quantization.rounding import Recipe
 
 
 @dataclass(frozen=True)
 class Step:
-    """Progress: `linear` of block `block` (from 0) of `blocks` was rounded; None when the block begins."""
+    """Progress of a run.
+
+    Fields:
+        block: the number of the block, from 0.
+        blocks: how many there are.
+        linear: the linear that was rounded last; None when the block begins.
+    """
 
     block: int
     blocks: int
     linear: str | None
 
 
-class Blocks(Protocol):
+class BlockSource(Protocol):
     """Where blocks come from: one at a time, with real weights that may be changed."""
 
     def load_block(self, index: int) -> nn.Module: ...
@@ -54,72 +43,49 @@ class Blocks(Protocol):
     def release_block(self, index: int) -> None: ...
 
 
-Sink = Callable[[int, nn.Module, dict[str, QuantizedWeight]], None]
-
-
 def quantize_blocks(
-    source: Blocks,
+    source: BlockSource,
     captured: Captured,
+    lanes: tuple[int, ...],
     probe: Captured,
     plan: Plan,
-    config: QuantConfig,
-    dtype: torch.dtype,
-    sink: Sink,
+    recipe: Recipe,
     progress: Callable[[Step], None] = lambda step: None,
-) -> tuple[list[LinearReport], list[PairReport]]:
-    """Quantize every block in order; `sink(index, block, codes by full name)` gets each one before it is dropped.
+) -> Iterator[BlockResult]:
+    """Quantize every block in order, and yield each result while the block, its weights replaced by what they were rounded
+    to, is still loaded in `source`.
 
-    captured: the first block's inputs and every block's calls; its hidden states are consumed. probe: the same of a few
-    tokens, by which blocks are taken apart. dtype: of the scales.
+    captured: the first block's inputs and how every block is called, for each batch. lanes: of the batches. probe: how
+    every block is called on the first few tokens of the first window.
     """
-    rows: list[LinearReport] = []
-    folded: list[PairReport] = []
-    pairs: list[Pair | NoPair] = []
-    hidden = captured.hidden
-    count = len(plan.blocks)
-    _return_what_is_freed()
-    with _exact_float32():
-        for index, name in enumerate(plan.blocks):
-            progress(Step(index, count, None))
-            block = source.load_block(index)
-            work = BlockWork(block, name, plan, config, dtype, partial(_tell, progress, index, count))
-            groups = work.groups(probe.calls[index][0], probe.hidden[0])
-            pairs = work.transform(groups, captured.calls[index], hidden, probe.calls[index][0], probe.hidden[0], pairs)
-            hidden[:] = work.round(groups, captured.calls[index], hidden)
-            rows += work.reports
-            folded += work.folded
-            sink(index, block, work.codes)
-            source.release_block(index)
-            _glibc("malloc_trim", 0)
-    return rows, folded
+    state = BlockState(captured.hidden)
+    count, few = len(plan.blocks), probe.hidden[0].shape[1]
+    for index in range(count):
+        progress(Step(index, count, None))
+        block = source.load_block(index)
+        inputs = BlockInputs(captured.calls[index], lanes, probe.calls[index][0], few)
+        result = _in_exact_float32(
+            partial(
+                quantize_block, block, index, inputs, state, plan, recipe, partial(_report_step, progress, index, count)
+            )
+        )
+        state = result.state
+        del block
+        yield result
+        del result  # the codes of one block at a time
+        source.release_block(index)
 
 
-def _tell(progress: Callable[[Step], None], index: int, count: int, linear: str) -> None:
+def _report_step(progress: Callable[[Step], None], index: int, count: int, linear: str) -> None:
     progress(Step(index, count, linear))
 
 
-def _return_what_is_freed() -> None:
-    """Have every tensor of `MAPPED` bytes or more in pages of its own, which go back to the system when it is freed.
-
-    glibc raises that limit as it goes, up to 32 MB, and the heap that smaller tensors then live in is torn into pieces,
-    block after block: 1.52 GB at the most instead of 1.79 with the 3 GB Llama of 28 blocks. Lasts for the process.
-    """
-    _glibc("mallopt", M_MMAP_THRESHOLD, MAPPED)
-
-
-def _glibc(name: str, *arguments: int) -> None:
-    if sys.platform == "linux":
-        function = getattr(ctypes.CDLL(None), name, None)  # musl has none
-        if function is not None:
-            function(*arguments)
-
-
-@contextmanager
-def _exact_float32() -> Iterator[None]:
-    """Statistics and factorizations in IEEE float32, whatever the program around us has set (TF32, bf16 matmuls)."""
+@torch.no_grad()
+def _in_exact_float32(run: Callable[[], BlockResult]) -> BlockResult:
+    """Compute statistics and factorizations in IEEE float32, whatever the program around us has set (TF32, bf16 matmuls)."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        return run()
     finally:
         torch.set_float32_matmul_precision(before)

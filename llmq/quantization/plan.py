@@ -1,4 +1,4 @@
-"""Which linears are quantized, and on which grid: decided from names and shapes alone, before any weight is read.
+"""Which linears are quantized, and on which grid: decided before any weight is read.
 
 Every linear inside the decoder blocks is quantized; the output head, and any linear outside the blocks, stays as it is.
 `--ignore` adds to that. A group size that does not divide one linear's inputs gives way there to the largest smaller of
@@ -8,12 +8,13 @@ What cannot be quantized at all (convolutions used as linears, experts fused int
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from llmq.blocks.capture import find_blocks
+from llmq.blocks.topology import Group
 from llmq.config import FALLBACK_GROUP_SIZES, PER_CHANNEL, QuantConfig
 from llmq.core.grid import Grid
 from llmq.errors import LlmqError
@@ -32,11 +33,19 @@ class Planned:
 
 @dataclass(frozen=True)
 class Plan:
-    """linears: what is quantized, by module name. ignored: the names of all other linears. blocks: the blocks' names."""
+    """What is quantized.
+
+    Fields:
+        linears: each linear to be quantized, by module name.
+        ignored: the names of all other linears.
+        blocks: the names of the decoder blocks.
+        groups: for each block, its linears to be quantized by the input that they share, in execution order.
+    """
 
     linears: dict[str, Planned]
     ignored: tuple[str, ...]
     blocks: tuple[str, ...]
+    groups: tuple[tuple[Group, ...], ...]
 
     def of_block(self, block: str) -> dict[str, Planned]:
         """The linears of one block, under their names inside it."""
@@ -44,8 +53,17 @@ class Plan:
         return {name[len(prefix) :]: row for name, row in self.linears.items() if name.startswith(prefix)}
 
 
-def make_plan(model: nn.Module, config: QuantConfig) -> Plan:
-    """The plan for a model (parameters may be on meta). Raises `LlmqError` for what cannot be done."""
+Topology = Callable[[Mapping[str, Collection[str]]], Mapping[str, Sequence[Group]]]
+"""Names of blocks, and of the linears in each that must run exactly once -> all linears of each block, by shared input."""
+
+
+def make_plan(model: nn.Module, config: QuantConfig, topology: Topology) -> Plan:
+    """The plan for a model, whose parameters may be on meta.
+
+    topology: finds which linears share an input, by running the model (`llmq.blocks.topology`). It is called once all that
+    names and shapes can rule out is refused.
+    Raises `LlmqError` for what cannot be done.
+    """
     prefix, blocks = find_blocks(model)
     names = tuple(f"{prefix}.{index}" for index in range(len(blocks)))
     for name, block in zip(names, blocks, strict=True):
@@ -59,7 +77,28 @@ def make_plan(model: nn.Module, config: QuantConfig) -> Plan:
     if not chosen:
         raise LlmqError(f"--ignore {' '.join(config.ignore)} leaves no linear to quantize")
     linears = _with_grids(chosen, config)
-    return Plan(linears, tuple(name for name in all_linears if name not in linears), names)
+    inner = {block: [n.removeprefix(f"{block}.") for n in linears if n.startswith(f"{block}.")] for block in names}
+    found = topology({block: inside for block, inside in inner.items() if inside})
+    groups = tuple(_planned_groups(block, found.get(block, ()), inner[block]) for block in names)
+    return Plan(linears, tuple(name for name in all_linears if name not in linears), names, groups)
+
+
+def _planned_groups(block: str, groups: Sequence[Group], planned: Collection[str]) -> tuple[Group, ...]:
+    """The planned linears of each group.
+
+    Raises `LlmqError` for a group of one module's linears that is planned in part: engines fuse these.
+    """
+    for group in groups:
+        for parent in dict.fromkeys(name.rpartition(".")[0] for name in group):
+            siblings = [name for name in group if name.rpartition(".")[0] == parent]
+            left = [name for name in siblings if name not in planned]
+            if left and len(left) < len(siblings):
+                raise LlmqError(
+                    f"{', '.join(siblings)} of {block} read the same input and serving engines fuse them: "
+                    f"ignore all of them or none (only {', '.join(left)} ignored)"
+                )
+    kept = (tuple(name for name in group if name in planned) for group in groups)
+    return tuple(group for group in kept if group)
 
 
 def _refuse_unsupported(name: str, block: nn.Module) -> None:

@@ -5,9 +5,11 @@ Predicted peak memory is the sum of what is alive at the worst moment, each part
     process       this process as it stands, libraries loaded
     outer         embeddings, final norm, output head
     block         the largest block, twice: as loaded, and as the float32 weight being rounded
-    moments       three K x K float32 matrices for the widest input (sum, Hessian, factor), five where tokens are few for it
+    moments       K x K float32 matrices for the widest input: three (Hessian, factor, half of one to invert it), one more
+                  where tokens are few for it, five with a transform (two moments, one scaled, and the factor)
     activations   the blocks' inputs and outputs for every calibration token
-    inside        what suspended forwards hold inside the block (at most `walk.PAUSED_BYTES`)
+    suspended     what suspended forwards hold inside the block, where that fits (`llmq.blocks.replay`)
+    probe         with a transform: the float64 copy of a block that pairs are found on
 
 or, where the model writes its own calibration text and that needs more: the process, the whole model, the cache of the
 windows that it writes at a time, and their logits.
@@ -17,20 +19,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from llmq.blocks.replay import PAUSED_BYTES
+from llmq.blocks.replay import SHARE_OF_MEMORY, elements_per_batch
+from llmq.config import QuantConfig, method
 from llmq.formats import compressed_tensors as ct
 from llmq.formats.compressed_tensors import TensorSpec
-from llmq.memory import peak_rss_bytes
-from llmq.quantization.holdout import few
+from llmq.memory import available_bytes, peak_rss_bytes
+from llmq.quantization.holdout import is_undersampled
 from llmq.quantization.plan import Plan, Planned
 
-if TYPE_CHECKING:
-    from llmq.hf.source import Source
+
+class Sized(Protocol):
+    """What is asked of a source (`llmq.hf.source_base.Source`)."""
+
+    model: nn.Module
+    config: Any
+    dtype: torch.dtype
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def tensor_plan(self) -> Mapping[str, tuple[str, TensorSpec]]: ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +80,7 @@ class Preview:
         return sum(self.memory.values())
 
 
-def planned_specs(source: Source, plan: Plan) -> dict[str, TensorSpec]:
+def planned_specs(source: Sized, plan: Plan) -> dict[str, TensorSpec]:
     """Every tensor of the checkpoint to be written, in the order of the source's own."""
     specs: dict[str, TensorSpec] = {}
     for name, (module_name, spec) in source.tensor_plan().items():
@@ -85,8 +100,8 @@ def _becomes(name: str, spec: TensorSpec, planned: Planned | None, dtype: torch.
     return {f"{name.removesuffix('weight')}{suffix}": stored for suffix, stored in local.items()}
 
 
-def make_preview(source: Source, plan: Plan, tokens: int) -> Preview:
-    """The preview of a run over `tokens` calibration tokens (0 for a data-free method)."""
+def make_preview(source: Sized, plan: Plan, config: QuantConfig, windows: int, length: int) -> Preview:
+    """The preview of a run over `windows` calibration windows of `length` tokens."""
     rows = []
     for name, (module_name, spec) in source.tensor_plan().items():
         planned = _planned(module_name, plan)
@@ -98,10 +113,10 @@ def make_preview(source: Source, plan: Plan, tokens: int) -> Preview:
             )
         rows.append(PreviewRow(name, spec.shape, spec.nbytes, sum(s.nbytes for s in stored.values()), becomes))
     notes = [f"{row.name}: {row.note}" for row in plan.linears.values() if row.note]
-    return Preview(tuple(rows), _memory(source, plan, tokens), (*source.notes, *notes))
+    return Preview(tuple(rows), _memory(source, plan, config, windows, length), (*source.notes, *notes))
 
 
-def with_writing(made: Preview, source: Source, count: int, length: int, rows: int) -> Preview:
+def with_writing(made: Preview, source: Sized, count: int, length: int, rows: int) -> Preview:
     """`made`, of a run before which the model writes `count` windows of `length` tokens, `rows` at a time."""
     text = source.config.get_text_config(decoder=True)
     heads = text.num_attention_heads
@@ -123,21 +138,25 @@ def with_writing(made: Preview, source: Source, count: int, length: int, rows: i
     return replace(made, memory=memory, notes=(*made.notes, note))
 
 
-def _memory(source: Source, plan: Plan, tokens: int) -> dict[str, int]:
+def _memory(source: Sized, plan: Plan, config: QuantConfig, windows: int, length: int) -> dict[str, int]:
+    row = method(config.method)
     blocks = [source.model.get_submodule(name) for name in plan.blocks]
     size = source.dtype.itemsize
     inside = {id(p) for block in blocks for p in block.parameters()}
     outer = sum(p.numel() for p in source.model.parameters() if id(p) not in inside) * size
-    largest = max(sum(p.numel() for p in block.parameters()) for block in blocks) * size
-    wide = max(row.shape[1] for row in plan.linears.values())
-    widths = sum(m.out_features for m in blocks[0].modules() if isinstance(m, nn.Linear))
+    largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
+    parts = {"process": peak_rss_bytes() or 0, "outer": outer, "block": 2 * largest * size}
+    if not row.calibrated:
+        return parts
+    wide = max(linear.shape[1] for linear in plan.linears.values())
+    matrices = 5 if row.transform else 4 if is_undersampled(windows * length, wide) else 3
     hidden = source.config.get_text_config().hidden_size
-    held = tokens * (widths + 4 * hidden) * size
-    return {
-        "process": peak_rss_bytes() or 0,
-        "outer": outer,
-        "block": 2 * largest,
-        "moments": (4 if few(tokens, wide) else 3) * 4 * wide * wide if tokens else 0,
-        "activations": 2 * tokens * hidden * size,
-        "inside": held if held <= PAUSED_BYTES else 0,
+    suspended = elements_per_batch(blocks[0], windows, length, hidden) * size
+    available = available_bytes(torch.device("cpu"))
+    fits = suspended <= (1 << 30 if available is None else available * SHARE_OF_MEMORY)
+    return parts | {
+        "moments": matrices * 4 * wide * wide,
+        "activations": 2 * windows * length * hidden * size,
+        "suspended": suspended if fits else 0,
+        "probe": 8 * largest if row.transform else 0,
     }

@@ -8,35 +8,38 @@ s > 1 before rounding and its input divided by s. Per pair (`llmq.transforms.pai
 is searched: identity, both families, then the neighbourhood of the best point in the (a, b) plane. A candidate is scored
 by the output error of the consumers, tr(E H E^T) with the second moment H of their inputs, E the error of the rounded
 scaled weight scaled back, rounded with the scale search that every method shares, so that scales and ranges are fitted
-jointly and nothing is clipped twice. Errors are sums over rows: `ROWS` of them, evenly spaced, rank candidates as all do.
+jointly and nothing is clipped twice. `SAMPLED_ROWS` rows of each consumer stand for all of them.
 
-Then the rounding that will really follow decides, with and without, on second moments of windows that the search has not
-seen; a pair that does not gain there is left as it was. What is folded is rounded first: into the norm (or the rows of
-a linear) in its storage dtype, and the columns get the inverse of what the norm really has.
+Then the rounding that will really follow decides, with and without the scales, on second moments of windows that the search
+has not seen. A pair that does not gain there is left as it was. What is folded is rounded first: into the norm (or the
+rows of a linear) in its storage dtype, and the columns get the inverse of what the norm then has.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from llmq.blocks.statistics import Observed
-from llmq.core.grid import Grid, quantize
+from llmq.blocks.statistics import Statistics
+from llmq.core.grid import quantize
 from llmq.core.quantized import QuantizedWeight
+from llmq.errors import LlmqError
+from llmq.methods.base import Rounding, Target, sampled_rows
 from llmq.methods.scales import search
-from llmq.transforms.base import PairReport, Proposal, Round, Task
+from llmq.transforms.base import PairReport, Proposal, TransformContext
 from llmq.transforms.pairs import Pair, scale_consumer, scale_producer
 
-ROWS = 128
-RATIO_STEP = 3  # while candidates are compared, every third ratio of the scale search is tried
+RATIO_STEP = 3
+"""While candidates are compared, every third ratio of the scale search is tried."""
 EXPONENTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 FINER = tuple((a, b) for a in (-0.1, 0.0, 0.1) for b in (-0.1, 0.0, 0.1) if a or b)
-LOSS_OF_PRECISION = 0.01  # of a folded tensor's norm: rounding to bfloat16 loses 0.002
+LOSS_OF_PRECISION = 0.01
+"""Of a folded tensor's norm, at most. Rounding to bfloat16 loses 0.002."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,65 +54,108 @@ class Scales:
         return f"|x|^{self.a:.2f} / |w|^{self.b:.2f}"
 
 
-def awq(block: nn.Module, pair: Pair, observed: Observed, task: Task) -> Proposal:
-    """The best scale for `pair` and whether it gains; see the module and `llmq.transforms.base`."""
-    consumers = [_Consumer(block.get_submodule(name), task.grids[name]) for name in pair.consumers]
-    none = Scales(torch.ones_like(observed.mean))
+def awq(block: nn.Module, pair: Pair, statistics: Statistics, context: TransformContext) -> Proposal:
+    """The best scales for `pair`, and whether they gain.
+
+    statistics: of the windows to choose by, with their mean |x|, and of held-out windows.
+    """
+    mean, held_out = statistics.mean_abs, statistics.held_out
+    assert mean is not None
+    linears = {name: block.get_submodule(name) for name in pair.consumers}
+    stacks = _stack_rows(linears, context.targets)
+    identity = Scales(torch.ones_like(mean))
 
     def score(scales: Scales) -> float:
-        return sum(consumer.error(scales.factors, observed.fit, task.dtype) for consumer in consumers)
+        return _error(lambda: sum(stack.search_error(scales.factors, statistics.hessian) for stack in stacks))
 
     def judge(scales: Scales) -> float:
-        fit = observed.fit / (scales.factors * scales.factors.unsqueeze(1))  # of inputs over factors
-        return sum(consumer.real_error(scales.factors, fit, observed.held, task.round) for consumer in consumers)
+        assert held_out is not None
+        scaled = statistics.hessian / (scales.factors * scales.factors.unsqueeze(1))  # H of the inputs over the factors
+        seen = replace(statistics, hessian=scaled)
+        rounding = context.rounding
+        return _error(lambda: sum(stack.rounded_error(scales.factors, seen, held_out, rounding) for stack in stacks))
 
-    found = {none: score(none)}
-    salience = torch.stack([consumer.mean for consumer in consumers]).mean(0)
-    candidates = _Candidates(pair, observed.mean, salience)
-    found |= {scales: score(scales) for scales in candidates.coarse()}
-    best = min(found, key=lambda scales: found[scales])
-    if best is not none:
-        found |= {scales: score(scales) for scales in candidates.near(best)}
-        best = min(found, key=lambda scales: found[scales])
-    fit = found[best] / found[none] if 0 < found[none] < math.inf else 1.0
-    if best is none:
-        report = PairReport(pair.producer, pair.consumers, str(best), fit, None, "no scale lowers the error")
-        return Proposal(report)
-    without, with_ = judge(none), judge(best)
-    held = with_ / without if without > 0 else 1.0
-    note = None if held < 1 else "no gain on held-out windows with the rounding that follows"
-    report = PairReport(pair.producer, pair.consumers, str(best), fit, held, note)
-    return Proposal(report, None if note else partial(_fold, block, pair, best.factors))
+    errors = {identity: score(identity)}
+    candidates = _Candidates(pair, mean, _mean_abs(list(linears.values())))
+    errors |= {scales: score(scales) for scales in candidates.coarse()}
+    best = min(errors, key=errors.__getitem__)
+    if best is not identity:
+        errors |= {scales: score(scales) for scales in candidates.near(best)}
+        best = min(errors, key=errors.__getitem__)
+    fitted = errors[best] / errors[identity] if 0 < errors[identity] < math.inf else 1.0
+    report = PairReport(pair.producer, pair.consumers, str(best), fitted, None, None)
+    if best is identity:
+        return Proposal(replace(report, note="no scale lowers the error"))
+    if held_out is None:
+        return Proposal(replace(report, note="no window was held out to judge it by"))
+    without, with_ = judge(identity), judge(best)
+    gained = with_ / without if 0 < without < math.inf else 1.0
+    report = replace(report, held_out_ratio=gained)
+    if not gained < 1:
+        return Proposal(replace(report, note="no gain on held-out windows with the rounding that follows"))
+    return Proposal(report, partial(_fold, block, pair, best.factors))
 
 
-class _Consumer:
-    """Some rows of a linear, and what scaling its columns does to its output error."""
+def _error(measure: Callable[[], float]) -> float:
+    """An error; inf where it is not finite, or where weights so scaled cannot be rounded."""
+    try:
+        error = measure()
+    except LlmqError:
+        return math.inf
+    return error if math.isfinite(error) else math.inf
 
-    def __init__(self, linear: nn.Module, grid: Grid) -> None:
-        assert isinstance(linear, nn.Linear)
-        weight = linear.weight.detach().float()
-        self.mean, self._grid = weight.abs().mean(0), grid
-        count = min(ROWS, len(weight))
-        self._weight = weight[torch.arange(count, device=weight.device) * len(weight) // count]
-        self._share = len(weight) / count
 
-    def error(self, factors: Tensor, moment: Tensor, dtype: torch.dtype) -> float:
-        """tr(E H E^T), estimated from some rows; inf beyond float32. moment: H of the inputs as they are; dtype: of scales."""
-        scaled = self._weight * factors
+@dataclass(frozen=True)
+class _Stack:
+    """Rows of consumers that are rounded to one target, one below the other.
+
+    Fields:
+        weight: float32 [n, K].
+        shares: float32 [n], how many rows of its linear each one stands for.
+        target: what they are rounded to.
+    """
+
+    weight: Tensor
+    shares: Tensor
+    target: Target
+
+    def search_error(self, factors: Tensor, moment: Tensor) -> float:
+        """tr(E H E^T) with scales searched against the diagonal of H. moment: H of the unscaled inputs, [K, K]."""
+        scaled = self.weight * factors
         if not bool(torch.isfinite(scaled).all()):
             return math.inf
-        found = search(scaled, self._grid, dtype, moment.diagonal() / factors.square(), RATIO_STEP)
-        return self._lost(scaled, quantize(scaled, *found, self._grid), factors, moment)
+        grid, importance = self.target.grid, moment.diagonal() / factors.square()
+        scale, zero = search(scaled, grid, self.target.dtype, importance, RATIO_STEP)
+        return self._lost(scaled, quantize(scaled, scale, zero, grid), factors, moment)
 
-    def real_error(self, factors: Tensor, fit: Tensor, held: Tensor, round_: Round) -> float:
-        """The same judged by `held`, rounded by the method that follows against `fit`, H of the inputs over `factors`."""
-        scaled = self._weight * factors
-        return self._lost(scaled, round_(scaled, fit, self._grid), factors, held)
+    def rounded_error(self, factors: Tensor, fitted: Statistics, held_out: Tensor, rounding: Rounding) -> float:
+        """tr(E H E^T) with H = `held_out`, the scaled rows being rounded against `fitted`."""
+        scaled = self.weight * factors
+        return self._lost(scaled, rounding(scaled, fitted, self.target).weight, factors, held_out)
 
     def _lost(self, scaled: Tensor, rounded: QuantizedWeight, factors: Tensor, moment: Tensor) -> float:
         lost = rounded.dequantize(torch.float32).sub_(scaled).div_(factors)
-        total = self._share * float((lost @ moment * lost).sum(dtype=torch.float64))
-        return total if math.isfinite(total) else math.inf
+        return float(((lost @ moment * lost).sum(1) * self.shares).sum(dtype=torch.float64))
+
+
+def _stack_rows(linears: Mapping[str, nn.Module], targets: Mapping[str, Target]) -> list[_Stack]:
+    """Sampled rows of the consumers, stacked by target."""
+    stacks = []
+    for target in dict.fromkeys(targets[name] for name in linears):
+        rows, shares = [], []
+        for name, linear in linears.items():
+            if targets[name] == target:
+                weight = _weight(linear)
+                chosen = sampled_rows(len(weight), weight.device)
+                rows.append(weight[chosen].float())
+                shares.append(torch.full((len(chosen),), len(weight) / len(chosen), device=weight.device))
+        stacks.append(_Stack(torch.cat(rows), torch.cat(shares).float(), target))
+    return stacks
+
+
+def _mean_abs(linears: Sequence[nn.Module]) -> Tensor:
+    """The mean |w| of each column, [K], over linears that count alike."""
+    return torch.stack([_weight(linear).float().abs().mean(0) for linear in linears]).mean(0)
 
 
 class _Candidates:
@@ -133,7 +179,7 @@ class _Candidates:
         log = a * self._x - b * self._w
         count = int(self._channels.max()) + 1
         total, number = (
-            torch.zeros(count, device=log.device).index_add_(0, self._channels, values)
+            torch.zeros(count, dtype=log.dtype, device=log.device).index_add_(0, self._channels, values)
             for values in (log, torch.ones_like(log))
         )
         log = (total / number.clamp_min(1))[self._channels]
@@ -144,15 +190,16 @@ def _fold(block: nn.Module, pair: Pair, factors: Tensor) -> str | None:
     """Put 1 / factors into the producer and its inverse, as stored there, into the consumers; or say why not."""
     producer, consumers = block.get_submodule(pair.producer), [block.get_submodule(name) for name in pair.consumers]
     before = [parameter.data.clone() for module in (producer, *consumers) for parameter in module.parameters()]
-    inverse = torch.ones(len(_weight(producer)), device=factors.device)
-    inverse[pair.channels.to(factors.device)] = 1 / factors
+    channels = pair.channels.to(factors.device)
+    inverse = torch.ones(len(_weight(producer)), dtype=factors.dtype, device=factors.device)
+    inverse[channels] = 1 / factors
     scaled = []
     if pair.form == "rows":
         scaled.append((producer, scale_producer(producer, pair, inverse)))
-    else:  # what a norm is rounded to is made good in the consumers
-        had = _channel(producer, pair)
+    else:  # what a norm is rounded to is made up for in the consumers
+        old = _channel(producer, pair)
         scale_producer(producer, pair, inverse)
-        factors = (had / _channel(producer, pair))[pair.channels.to(factors.device)].nan_to_num(nan=1.0)
+        factors = (old / _channel(producer, pair))[channels].nan_to_num(nan=1.0)
     for linear in consumers:
         assert isinstance(linear, nn.Linear)
         scaled.append((linear, scale_consumer(linear, factors)))

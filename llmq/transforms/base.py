@@ -1,9 +1,9 @@
 """What a transform is: it changes the weights of a block, not its function, so that rounding them costs less.
 
-    transform(block, pair, observed, task) -> Proposal
+    transform(block, pair, statistics, context) -> Proposal
 
-Proposals for all groups of linears are made first, each while only its own statistics are alive, then applied. A
-transform never rounds by itself: it is given the rounding that will follow and the inputs that the linears see.
+Proposals for all groups of linears are made first, each while only its own statistics are in memory, then applied. A
+transform never rounds by a rule of its own: it is given the rounding that will follow.
 """
 
 from __future__ import annotations
@@ -11,42 +11,45 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from llmq.blocks.statistics import Observed
-from llmq.core.grid import Grid
-from llmq.core.quantized import QuantizedWeight
+from llmq.blocks.statistics import Statistics
+from llmq.methods.base import Rounding, Target
 from llmq.transforms.pairs import Pair
-
-Round = Callable[[Tensor, Tensor, Grid], QuantizedWeight]
-"""weight float32 [N, K], second moment float32 [K, K], grid -> the weight as the method rounds it."""
 
 
 @dataclass(frozen=True)
-class Task:
-    """grids: of every linear to be quantized. round: the rounding that will follow. dtype: in which scales are stored."""
+class TransformContext:
+    """What a transform may know of what follows.
 
-    grids: Mapping[str, Grid]
-    round: Round
-    dtype: torch.dtype
+    Fields:
+        rounding: the method that the weights are rounded with afterwards.
+        targets: what every linear to be quantized is rounded to, by its name in the block.
+    """
+
+    rounding: Rounding
+    targets: Mapping[str, Target]
 
 
 @dataclass(frozen=True)
 class PairReport:
     """What was done about one group of linears.
 
-    producer: None where nothing feeds them that could be rescaled. scales: in words, as found. fit, held: output error of
-    the linears after over before: on the windows chosen by, and with the real rounding on held-out ones; None where it
-    was not measured.
-    note: why nothing was folded; None where it was.
+    Fields:
+        producer: None where nothing feeds them that could be rescaled.
+        consumers: the linears.
+        scales: the exponents found, as text; None where none were searched.
+        fitted_ratio: output error of the linears with the scales over that without, on the windows that the scales were
+            chosen by; None where it was not measured.
+        held_out_ratio: the same on held-out windows, with the rounding that follows.
+        note: why no scales were folded in; None where they were.
     """
 
     producer: str | None
     consumers: tuple[str, ...]
     scales: str | None
-    fit: float | None
-    held: float | None
+    fitted_ratio: float | None
+    held_out_ratio: float | None
     note: str | None
 
     def inside(self, block: str) -> PairReport:
@@ -57,15 +60,20 @@ class PairReport:
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a transform would do about one pair. apply: does it and returns None, or why it was left after all; None where
-    nothing is to be done, for the reason in the report."""
+    """What a transform would do about one pair.
+
+    Fields:
+        report: what it found.
+        apply: does it and returns None, or why it could not be done; None where nothing is to be done, for the reason in
+            the report.
+    """
 
     report: PairReport
     apply: Callable[[], str | None] | None = None
 
-    def settled(self) -> PairReport:
-        """Apply it; the report of what became of it."""
+    def applied(self) -> PairReport:
+        """Apply it, and report what became of it."""
         return self.report if self.apply is None else replace(self.report, note=self.apply())
 
 
-Transform = Callable[[nn.Module, Pair, Observed, Task], Proposal]
+Transform = Callable[[nn.Module, Pair, Statistics, TransformContext], Proposal]

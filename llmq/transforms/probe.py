@@ -1,7 +1,7 @@
-"""A twin of a decoder block: a float64 copy on the CPU with other parameters, on which invariances can be seen exactly.
+"""A probe of a decoder block: a float64 copy on the CPU with other parameters, on which invariances can be seen exactly.
 
 Every parameter is an odd multiple of a power of two between -1 and 1: never 0 and never -1, so that no channel is silent
-and 1 + w stays exact under doubling; biases and norms of fresh models would be 0 and 1, and hide what they do.
+and 1 + w stays exact under doubling. The biases and norms of fresh models would be 0 and 1, and hide what they do.
 """
 
 from __future__ import annotations
@@ -16,14 +16,23 @@ from torch import Tensor, nn
 from llmq.blocks.capture import Call, Stop
 
 EXPONENTS = (-2, -1, 1, 2)
+BYTES_PER_PARAMETER = 8
+"""Of the copy; what is drawn at a time comes on top."""
 
 
-class Twin:
-    """The float64 copy of a block on the CPU, with other parameters. inputs: what its linears read. output: its output."""
+class Probe:
+    """The float64 copy of a block on the CPU, with other parameters.
+
+    Fields:
+        modules: the copy's modules by name.
+        inputs: what its linears read, in the order in which they run.
+        output: what it computes, [1, tokens, width].
+    """
 
     def __init__(self, block: nn.Module, call: Call, hidden: Tensor) -> None:
-        self._draw = torch.Generator().manual_seed(0)
-        self.block = copy.deepcopy(block).cpu().double()
+        self._generator = torch.Generator().manual_seed(0)
+        empty = {id(p): nn.Parameter(torch.empty(p.shape, dtype=torch.float64), False) for p in block.parameters()}
+        self.block = copy.deepcopy(block, dict(empty)).cpu().double()  # the memo keeps the data from being copied
         for parameter in self.block.parameters():
             parameter.data.copy_(self._odd(parameter.shape))
             if parameter.ndim > 1:
@@ -31,7 +40,7 @@ class Twin:
         self._call = Call(call.place, _double(call.args), _double(call.kwargs))
         self._hidden = self._odd(hidden.shape) * 4
         self.modules: dict[str, Any] = dict(self.block.named_modules())
-        self.inputs: dict[str, Tensor] = {}  # of linears, in the order in which they run
+        self.inputs: dict[str, Tensor] = {}
         self._outputs: dict[str, Any] = {}
         self.output = self._trace()
 
@@ -58,11 +67,13 @@ class Twin:
         return caught[0].reshape(-1, caught[0].shape[-1])
 
     def exponents(self, count: int) -> Tensor:
-        return torch.tensor(EXPONENTS)[torch.randint(len(EXPONENTS), (count,), generator=self._draw)]
+        """Random exponents of two, int64 [count]."""
+        return random_exponents(count, self._generator)
 
     def _odd(self, shape: torch.Size) -> Tensor:
         """Odd multiples of 1/16 between -1 and 1: never zero, never -1."""
-        return (torch.randint(-7, 7, shape, generator=self._draw).double() * 2 + 1) / 16
+        drawn = torch.randint(-7, 7, shape, dtype=torch.int8, generator=self._generator)
+        return drawn.double().mul_(2).add_(1).div_(16)
 
     def _trace(self) -> Tensor:
         """One run of the block, keeping what linears read, in their order, and what modules without children return."""
@@ -94,6 +105,11 @@ class Twin:
             if output.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
                 return name
         return None
+
+
+def random_exponents(count: int, generator: torch.Generator) -> Tensor:
+    """`EXPONENTS`, drawn: int64 [count]."""
+    return torch.tensor(EXPONENTS)[torch.randint(len(EXPONENTS), (count,), generator=generator)]
 
 
 def _double(value: Any) -> Any:

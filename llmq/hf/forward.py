@@ -1,0 +1,84 @@
+"""Running the decoder of a source: to capture what its blocks are given, and to learn which linears share an input."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from llmq.blocks.capture import Captured, capture
+from llmq.blocks.topology import Group, input_groups, model_groups, structure
+from llmq.errors import LlmqError
+from llmq.hf.source_base import Source
+
+PROBE_TOKENS = 16
+UNRUNNABLE = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
+"""What a model may raise that is run without data."""
+
+
+def run_decoder(model: PreTrainedModel, ids: Tensor) -> object:
+    """Run the decoder of `model`, without its head and without caches, on token ids [batch, tokens] of any device."""
+    device = model.get_input_embeddings().weight.device
+    return model.base_model(input_ids=ids.to(device), use_cache=False)
+
+
+def capture_blocks(source: Source, batches: Sequence[Tensor]) -> Captured:
+    """What every block of `source` is given for batches of token ids. What lies outside the blocks must be loaded."""
+    return capture(source.model, partial(run_decoder, source.model), batches)
+
+
+def probe_ids(model: PreTrainedModel) -> Tensor:
+    """A few token ids, int64 [1, PROBE_TOKENS], of the model's vocabulary."""
+    return torch.arange(PROBE_TOKENS).remainder(model.config.get_text_config().vocab_size)[None]
+
+
+def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model's modules that holds the very tensors of `model`."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
+
+
+def shared_inputs(model: PreTrainedModel, needed: Mapping[str, Collection[str]]) -> dict[str, tuple[Group, ...]]:
+    """Which linears of each block share an input, from one forward of the model; one that lies on meta is run on fake tensors.
+
+    needed: the names of blocks, and of the linears in each that must run exactly once. Raises what the model raises.
+    """
+    ids = probe_ids(model)
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        return model_groups(model, partial(run_decoder, model), ids, needed)
+    model = sharing_copy(model)  # modules may keep what they compute
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        return model_groups(model, partial(run_decoder, model), mode.from_tensor(ids.to("meta")), needed)
+
+
+def find_shared_inputs(source: Source, needed: Mapping[str, Collection[str]]) -> dict[str, tuple[Group, ...]]:
+    """`shared_inputs` of a source. Of a model on disk no weight is read for it.
+
+    Where a model cannot be run like that, one block of each structure is loaded and run.
+    Raises `LlmqError` as `llmq.blocks.topology.model_groups`.
+    """
+    try:
+        return shared_inputs(source.model, needed)
+    except LlmqError:
+        raise
+    except UNRUNNABLE:
+        source.load_outer()
+    probe = capture_blocks(source, [probe_ids(source.model)])
+    known: dict[tuple[object, ...], tuple[Group, ...]] = {}
+    groups: dict[str, tuple[Group, ...]] = {}
+    for index in range(len(source)):
+        name = f"{source.blocks_name}.{index}"
+        if name not in needed:
+            continue
+        built = structure(source.model.get_submodule(name)), tuple(needed[name])
+        if built not in known:
+            block = source.load_block(index)
+            known[built] = input_groups(block, probe.calls[index][0], probe.hidden[0], needed[name])
+            source.release_block(index)
+        groups[name] = known[built]
+    return groups

@@ -1,15 +1,16 @@
-"""Logits of whole windows in slabs of rows, so that a vocabulary of 150,000 words does not decide the peak memory.
+"""Logits of whole windows in slabs of rows, so that the peak memory does not grow with window times vocabulary.
 
 Models differ in what they do around the output head (granite divides the logits, cohere multiplies them, gemma2 caps
-them), so none of it is rebuilt here. The decoder runs once, its output is caught by a hook, and the model's *own* forward
-is then called for every slab with the decoder answering with the slab's rows:
+them), so none of it is reimplemented here. The decoder runs once per batch and a hook keeps its output. Then the model's
+*own* forward is called once per slab, with a decoder that returns the rows of the slab:
 
-    model(ids) ──► decoder(ids) ──► hidden [1, window, H]          once per batch
-    model(ids) ──► (answers hidden[:, a:b]) ──► head ──► logits    once per slab
+    model(ids) ──► decoder(ids) ──► hidden [batch, window, H]           once per batch
+    model(ids) ──► (decoder returns hidden[:, a:b]) ──► head ──► logits  once per slab
 
-Before the first window this is compared with the plain forward on its first 64 tokens. Where it differs (a head that
-mixes positions, a decoder that is not found) the plain forward is used for everything and a note says so. Slab sizes
-depend on the vocabulary alone, never on free memory.
+Before the first window, this is compared with the plain forward on the window's first 64 tokens. If the two differ (a
+head that mixes positions, a decoder that is not found), the plain forward computes all logits of a batch at once, which a
+note reports; they are still handed out in slabs. Slabs depend on the vocabulary and the window alone, never on free
+memory, the batch size or the way in which logits are computed: those of two models with one vocabulary always match.
 """
 
 from __future__ import annotations
@@ -21,47 +22,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmq.eval.base import Slab
 from llmq.eval.models import input_device
 
 SLAB_LOGITS = 1 << 24  # elements: 64 MiB of float32
 CHECK_TOKENS = 64
-CHECK_ROWS = 24  # not a divisor of 64: the last slab is a shorter one
+CHECK_ROWS = 24  # does not divide 64, so that the last slab is a shorter one
 CHECK_TOLERANCE = 0.01  # of the largest logit: bfloat16 rounds by 0.4%, a head that mixes positions is far off
-
-
-@dataclasses.dataclass(frozen=True)
-class Slab:
-    """Logits `[n, vocabulary]` of n consecutive positions of window `window` (counted in its batch), and the ids `[n]` that
-    follow those positions, on the logits' device. A window's last position predicts nothing and is never among them."""
-
-    window: int
-    logits: Tensor
-    targets: Tensor
-
 
 Slabs = Callable[[Tensor], Iterator[Slab]]
 
 
 def logits_in_slabs(model: nn.Module, first: Tensor) -> tuple[Slabs, tuple[str, ...]]:
-    """The function ids int64 `[batch, window]` -> every slab, windows in order; and a note where it needs all logits at once.
+    """A function: ids int64 `[batch, window]` -> all slabs, windows in order; and a note if all logits are computed at once.
 
-    first: a window `[1, tokens]` on which the way of computing them is checked. Call both within `evaluation_mode`.
+    first: one window `[1, tokens]`, on which the computation in slabs is checked.
+    This and the returned function must be called within `evaluation_mode`.
     """
     device = input_device(model)
     sample = first[:, :CHECK_TOKENS].to(device)
     logits = model(input_ids=sample, use_cache=False).logits.float()
-    decoder = next((found for found in _decoders(model) if _is_separable(model, found, sample, logits)), None)
+    rows = max(1, SLAB_LOGITS // logits.shape[-1])
+    decoder = next((module for module in _decoders(model) if _is_separable(model, module, sample, logits)), None)
     if decoder is None:
         note = "logits were computed all at once: the model's head cannot be run on slabs of rows"
-        return (lambda ids: _whole(model, ids.to(device))), (note,)
-    rows = max(1, SLAB_LOGITS // logits.shape[-1])
+        return (lambda ids: _whole(model, ids.to(device), rows)), (note,)
     return (lambda ids: _slabbed(model, decoder, ids.to(device), rows)), ()
 
 
-def _whole(model: nn.Module, ids: Tensor) -> Iterator[Slab]:
+def _whole(model: nn.Module, ids: Tensor, rows: int) -> Iterator[Slab]:
     logits = model(input_ids=ids, use_cache=False).logits
     for index in range(len(ids)):
-        yield Slab(index, logits[index, :-1], ids[index, 1:].to(logits.device))
+        parts = torch.split(logits[index, :-1], rows)
+        for part, targets in zip(parts, torch.split(ids[index, 1:], rows), strict=True):
+            yield Slab(index, part, targets.to(part.device))
 
 
 def _slabbed(model: nn.Module, decoder: nn.Module, ids: Tensor, rows: int) -> Iterator[Slab]:
@@ -75,10 +69,10 @@ def _slabbed(model: nn.Module, decoder: nn.Module, ids: Tensor, rows: int) -> It
 
 
 def _decoders(model: nn.Module) -> list[nn.Module]:
-    """What may be the module whose output the head reads: `base_model`, or OPT's `base_model.decoder`."""
+    """Candidates for the module whose output the head reads: `base_model`, or OPT's `base_model.decoder`."""
     find = getattr(model, "get_decoder", None)
-    found = (getattr(model, "base_model", None), find() if find is not None else None)
-    return [module for module in found if isinstance(module, nn.Module) and module is not model]
+    candidates = (getattr(model, "base_model", None), find() if find is not None else None)
+    return [module for module in candidates if isinstance(module, nn.Module) and module is not model]
 
 
 def _is_separable(model: nn.Module, decoder: nn.Module, ids: Tensor, expected: Tensor) -> bool:
@@ -89,29 +83,32 @@ def _is_separable(model: nn.Module, decoder: nn.Module, ids: Tensor, expected: T
             return False
         slabs = torch.split(output.last_hidden_state, CHECK_ROWS, dim=1)
         logits = torch.cat([_head(model, decoder, output, ids, rows).float() for rows in slabs], dim=1)
-    except (RuntimeError, IndexError):  # a head that wants all positions: the plain forward just worked
+    except (RuntimeError, IndexError):  # a head that needs all positions: the plain forward has just worked
         return False
-    return logits.shape == expected.shape and bool(
-        (logits - expected).abs().max() <= CHECK_TOLERANCE * expected.abs().max()
-    )
+    if logits.shape != expected.shape:
+        return False
+    # Masked logits are -inf in both, and -inf - -inf is NaN. Any other difference of infinities, or a NaN, fails the check.
+    difference = (logits - expected).abs_().masked_fill_(logits == expected, 0.0)
+    largest = expected.abs().masked_fill_(expected.isinf(), 0.0).max()
+    return bool(difference.max() <= CHECK_TOLERANCE * largest)
 
 
 def _decode(model: nn.Module, decoder: nn.Module, ids: Tensor) -> Any:
-    """The decoder's output as the model's own call makes it; None where it is none that `_head` can answer with."""
-    caught: list[Any] = []
+    """The decoder's output in the model's own call; None if `_head` cannot use it."""
+    outputs: list[Any] = []
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> Any:
         if not isinstance(getattr(output, "last_hidden_state", None), Tensor):
             return None
-        caught.append(output)
-        return _with_rows(output, output.last_hidden_state[:, :1])  # nobody reads these logits
+        outputs.append(output)
+        return _with_rows(output, output.last_hidden_state[:, :1])  # these logits are not used
 
     handle = decoder.register_forward_hook(keep)
     try:
         model(input_ids=ids, use_cache=False)
     finally:
         handle.remove()
-    return caught[0] if len(caught) == 1 else None
+    return outputs[0] if len(outputs) == 1 else None
 
 
 def _with_rows(output: Any, rows: Tensor) -> Any:
@@ -120,8 +117,8 @@ def _with_rows(output: Any, rows: Tensor) -> Any:
 
 
 def _head(model: nn.Module, decoder: nn.Module, output: Any, ids: Tensor, rows: Tensor) -> Tensor:
-    """Logits `[1, n, vocabulary]` of hidden rows `[1, n, H]`: the model's forward, its decoder answering with them."""
-    # accelerate keeps its hooks in the instance's `forward`: what stood there is put back.
+    """Logits `[1, n, vocabulary]` of hidden rows `[1, n, H]`: the model's forward with a decoder that returns the rows."""
+    # accelerate stores its hooks as the instance's `forward`, which is restored afterwards.
     own = vars(decoder).pop("forward", None)
     vars(decoder)["forward"] = lambda *_args, **_kwargs: _with_rows(output, rows)
     try:

@@ -1,4 +1,4 @@
-"""One text's tokens as the windows that an evaluation scores, checked; and the standard error over them."""
+"""A text's tokens as the windows that an evaluation scores; and the standard error over windows."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from llmq.errors import LlmqError
 from llmq.eval.models import context_length, vocabulary_size
 
 
-def cut_windows(model: nn.Module, token_ids: Tensor, window: int, limit: int | None) -> tuple[Tensor, tuple[str, ...]]:
-    """The first `limit` non-overlapping windows: int64 `[n, window]` on the CPU, the tail dropped; and notes.
+def cut_windows(
+    models: Sequence[nn.Module], token_ids: Tensor, window: int, limit: int | None
+) -> tuple[Tensor, tuple[str, ...]]:
+    """The first `limit` non-overlapping windows, int64 `[n, window]` on the CPU, without the tail of the text; and notes.
 
-    token_ids: int64 `[tokens]`. A window longer than the model's context is reduced to it, which is a note.
-    Raises `LlmqError` for sizes below their minimum, ids that are no flat stream or outside the vocabulary, and a text
-    shorter than one window.
+    models: all models that will read the windows. A window longer than the smallest context is reduced to it, with a
+        note.
+    token_ids: int64 `[tokens]`.
+    Raises `LlmqError` for sizes below their minimum, ids that are not a flat int64 stream or not in the vocabulary, and a
+    text shorter than one window.
     """
-    window, notes = _fit_to_context(model, window)
+    window, notes = _fit_to_context(models, window)
     if limit is not None and limit < 1:
         raise LlmqError(f"limit must be at least 1; got {limit}")
     if token_ids.dim() != 1 or token_ids.dtype != torch.int64:
@@ -32,24 +36,24 @@ def cut_windows(model: nn.Module, token_ids: Tensor, window: int, limit: int | N
         )
     count = len(token_ids) // window if limit is None else min(len(token_ids) // window, limit)
     ids = token_ids[: count * window].cpu().contiguous().view(count, window)
-    words = vocabulary_size(model)
-    if words is not None and not 0 <= int(ids.min()) <= int(ids.max()) < words:
+    vocabulary = min((size for model in models if (size := vocabulary_size(model)) is not None), default=None)
+    if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         raise LlmqError(
-            f"token ids must lie in the model's vocabulary of {words}; they go from {ids.min()} to {ids.max()}; "
+            f"token ids must be in the model's vocabulary of {vocabulary}; they range from {ids.min()} to {ids.max()}; "
             f"use the tokenizer of this model"
         )
     return ids, notes
 
 
 def standard_error(terms: Sequence[float]) -> float | None:
-    """Of the mean of `terms`; None for one term."""
+    """Standard error of the mean of `terms`; None for one term."""
     return statistics.stdev(terms) / math.sqrt(len(terms)) if len(terms) > 1 else None
 
 
-def _fit_to_context(model: nn.Module, window: int) -> tuple[int, tuple[str, ...]]:
+def _fit_to_context(models: Sequence[nn.Module], window: int) -> tuple[int, tuple[str, ...]]:
     if window < 2:
         raise LlmqError(f"window must be at least 2 (a window's first token is never predicted); got {window}")
-    context = context_length(model)
+    context = context_length(*models)
     if context is None or window <= context:
         return window, ()
     return context, (f"window reduced from {window} to the model's context of {context} tokens",)

@@ -11,7 +11,6 @@ transformers is imported when a verb is called, never at import.
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from llmq import calibration as calibrating
 from llmq._version import __version__
 from llmq.blocks.statistics import split_into_lanes
 from llmq.calibration import GenerationProgress
-from llmq.checkpoint.target import REPORT, refuse_overlap
+from llmq.checkpoint.target import refuse_overlap
 from llmq.checkpoint.writer import StagedCheckpoint
 from llmq.config import SELF, Calibration, QuantConfig, method
 from llmq.errors import LlmqError
@@ -39,7 +38,7 @@ from llmq.quantization.pipeline import Step, quantize_blocks
 from llmq.quantization.plan import Plan, make_plan
 from llmq.quantization.rounding import LinearReport, Recipe
 from llmq.quantization.sizing import Preview, make_preview, planned_specs, with_writing
-from llmq.report import Report
+from llmq.report import CalibrationUsed, Report, write_report
 from llmq.transforms.base import PairReport
 
 if TYPE_CHECKING:
@@ -64,8 +63,8 @@ def quantize(
 
     source: a folder of safetensors, a hub repo id, a GGUF file, or a loaded transformers model (which is not changed).
     output: the folder to make; it appears complete or not at all.
-    calibration: which text (default: the built-in one), or token ids int64 [windows, tokens] used as they are. Methods
-        without data take none.
+    calibration: which text (default: the built-in one), or token ids int64 [windows, tokens] used as they are. A method
+        without data uses none, and notes it where one is given.
     progress: called with a `Step` as blocks are worked on, and with a `GenerationProgress` while the model generates its
         own calibration text.
     max_shard_size: as in `save_pretrained`. device: `auto` is CUDA where there is one, else the CPU.
@@ -84,7 +83,7 @@ def quantize(
     with StagedCheckpoint(Path(output), specs, max_shard_size, overwrite) as staged:
         # Before hours of work: a config or tokenizer that cannot be saved is found now.
         opened.write_side_files(staged.folder, quantization_config(opened, plan, config))
-        windows, told = _windows(opened, config, calibration, progress)
+        windows, used, window_notes = _windows(opened, config, calibration, progress)
         rows, pairs = _run(opened, plan, config, windows, staged, progress)
         report = Report(
             output=str(output),
@@ -95,18 +94,18 @@ def quantize(
             peak_rss_bytes=peak_rss_bytes(),
             bits_per_weight=bits_per_weight(plan),
             checkpoint_bytes=sum(spec.nbytes for spec in specs.values()),
-            calibration=told,
+            calibration=used,
             fallbacks=tuple(f"{row.name}: {note}" for row in rows for note in row.notes),
             notes=(
                 *opened.notes,
-                *(told.pop("notes") if told else ()),
+                *window_notes,
                 *few_tokens_notes((row.shape[1], row.tokens, row.holdout_ratio) for row in rows),
             ),
             versions=_versions(),
             layers=tuple(rows),
             pairs=tuple(pairs),
         )
-        (staged.folder / REPORT).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_report(staged.folder, report)
         staged.commit()
     return report
 
@@ -170,12 +169,17 @@ def _windows(
     config: QuantConfig,
     calibration: Calibration | Tensor | None,
     progress: Callable[[Step | GenerationProgress], None],
-) -> tuple[Tensor, dict[str, Any] | None]:
-    """Token windows [n, tokens], and what the report says of them."""
+) -> tuple[Tensor, CalibrationUsed | None, tuple[str, ...]]:
+    """Token windows [n, tokens], and what the report says of them: the data used, and notes."""
     from llmq.hf.forward import probe_ids
 
     if not method(config.method).calibrated:
-        return probe_ids(source.model), None
+        unused = (
+            ()
+            if calibration is None
+            else (f"method {config.method} uses no calibration data; what was given is not used",)
+        )
+        return probe_ids(source.model), None, unused
     notes = []
     if calibration is not None and not isinstance(calibration, Calibration):
         windows, name = calibrating.check_token_ids(calibration, source.config.get_text_config()), "token ids"
@@ -193,7 +197,7 @@ def _windows(
         if len(windows) < asked.num_samples:
             notes.append(f"{len(windows)} calibration windows, not {asked.num_samples}: all that the text gives")
     count, length = windows.shape
-    return windows, {"dataset": name, "windows": count, "seq_len": length, "tokens": count * length, "notes": notes}
+    return windows, CalibrationUsed(name, count, length, count * length), tuple(notes)
 
 
 def _written(

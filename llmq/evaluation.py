@@ -1,71 +1,69 @@
-"""What the commands `evaluate` and `generate` do: load any model, plain or quantized, and measure it or let it write."""
+"""The public verbs that run models, plain or quantized: `evaluate` measures them, `generate_text` lets one generate.
+
+    evaluate        text -> for each model: load -> one pass over the text's windows for all text metrics -> drop
+                    then, if a requested metric needs models alone: load all -> measure them in turns
+
+Which metrics there are: `llmq.eval.registry.METRICS`.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from llmq.api import pick_device
 from llmq.calibration import read_dataset, tokenize_dataset
 from llmq.errors import LlmqError
-from llmq.eval.divergence import divergence
-from llmq.eval.latency import Latency, measure_in_turns
-from llmq.eval.models import context_length
-from llmq.eval.perplexity import Perplexity, comparable, paired_difference, perplexity
-
-PROMPT, NEW = 512, 64
-"""Tokens that `speed_of` reads and writes, or as many as the smallest context admits."""
+from llmq.eval import registry
+from llmq.eval.base import ModelMetric
+from llmq.eval.scoring import score
 
 
-def open_model(source: Any, dtype: str, device: str = "cpu", revision: str | None = None) -> tuple[Any, Any]:
-    """(model, tokenizer) of a folder, repo id or GGUF value, plain or quantized; every float in `dtype`."""
-    from llmq.hf.quantizer import load, stored_scheme
-    from llmq.hf.source import open_source
-    from llmq.hf.source_base import quiet
+@dataclass(frozen=True)
+class Evaluation:
+    """The results of one model.
 
-    path = isinstance(source, (str, Path)) and not str(source).endswith(".gguf")
-    hub: dict[str, Any] = {"revision": revision} if revision else {}
-    if path:
-        try:
-            with quiet():
-                packed = stored_scheme(source, **hub) is not None  # `load` says why where it is not ours
-        except (OSError, ValueError):
-            packed = False  # `open_source` below says what is wrong with it
-        if packed:
-            with quiet():
-                model = load(source, dtype=dtype, **hub).to(device)
-                return model.eval(), _tokenizer(source, hub)
-    opened = open_source(source, dtype=dtype, device=device, revision=revision)
-    opened.load_outer()
-    for index in range(len(opened)):
-        opened.load_block(index)
-    return opened.model.eval(), opened.tokenizer()
+    Fields:
+        model: its name.
+        dataset: the text that it was evaluated on.
+        dtype: of the model during the pass over the text.
+        seconds: wall time of that pass, without loading.
+        results: by metric name, in the order of `METRICS`.
+    """
 
+    model: str
+    dataset: str
+    dtype: str
+    seconds: float
+    results: Mapping[str, Any]
 
-def evaluation_dtype(dtype: str, place: str) -> str:
-    """`auto` -> float32 on a CPU, else bfloat16; any other as it is."""
-    return ("float32" if place == "cpu" else "bfloat16") if dtype == "auto" else dtype
-
-
-def _tokenizer(source: Any, hub: dict[str, str]) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **hub)
-    except (OSError, ValueError, TypeError) as error:
-        raise LlmqError(
-            f"{source} has no tokenizer that can be loaded ({str(error).splitlines()[0]}); "
-            "put its files (tokenizer.json, tokenizer_config.json) beside the weights"
-        ) from error
+    def to_dict(self, first: Evaluation | None = None) -> dict[str, Any]:
+        """JSON values of all metrics in one object. first: the model to compare with, if another."""
+        values: dict[str, Any] = {
+            "model": self.model,
+            "dataset": self.dataset,
+            "dtype": self.dtype,
+            "seconds": round(self.seconds, 2),
+        }
+        for metric in registry.METRICS:
+            if metric.name in self.results:
+                values |= self.results[metric.name].to_dict()
+                if first is not None and first is not self:
+                    values |= metric.comparison(first.results[metric.name], self.results[metric.name])
+        return values
 
 
-def perplexity_of(
-    source: Any,
+def evaluate(
+    sources: Sequence[tuple[str, Any]],
     *,
+    original: Any = None,
+    metrics: Sequence[str] = (),
     dataset: str = "builtin",
     window: int = 2048,
     limit: int | None = None,
@@ -73,59 +71,86 @@ def perplexity_of(
     dtype: str = "auto",
     device: str = "auto",
     revision: str | None = None,
-    against: torch.nn.Module | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[Perplexity, dict[str, Any]]:
-    """The perplexity of a model on a text, and the same as JSON values. dtype `auto`: float32 on a CPU, else bfloat16.
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> list[Evaluation]:
+    """Evaluate models on the same text, one after the other.
 
-    against: the loaded original; the divergence from it is measured on the same windows and put into the JSON values.
+    sources: (name, folder, repo id or GGUF file) of each model, plain or quantized.
+    original: the model that they were made from, which stays loaded; without it, metrics that need it are left out.
+    metrics: names of optional metrics to compute as well.
+    dataset: `builtin`, `wikitext2`, `c4`, or the path of a text file or of a `.jsonl` file of conversations.
+    window, limit, batch_size: see `llmq.eval.scoring.score`.
+    dtype: of every model; `auto` is float32 on a CPU, else bfloat16 (bfloat16 everywhere for metrics of models alone).
+    device: `auto` is CUDA if available, else the CPU. revision: branch, tag or commit of repo ids.
+    progress: called with (name, windows done, windows in total).
+    Raises `LlmqError` for an unknown metric, and for whatever makes a model, a text or a pass unusable.
     """
-    text = read_dataset(dataset, "evaluation")  # refused before a model is loaded, where it is
+    from llmq.hf.inference import open_model
+
+    text_metrics, model_metrics = registry.select_metrics(metrics, original is not None)
+    text = read_dataset(dataset, "evaluation")  # before a model is loaded, so that a wrong name fails at once
     place = pick_device(device)
-    kind = evaluation_dtype(dtype, place)
-    model, tokenizer = open_model(source, kind, place, revision)
-    ids, corpus = tokenize_dataset(dataset, text, tokenizer)
-    ids = ids[: corpus.max_tokens]
-    apart = None
-    if against is None:
-        result = perplexity(model, ids, window, limit, batch_size, progress, tokenizer)
-    else:
-        apart = divergence(against, model, ids, window, limit, batch_size, progress, tokenizer)
-        result = apart.perplexity
-    told: dict[str, Any] = {
-        "perplexity": result.value,
-        "stderr": result.stderr,
-        "bits_per_byte": result.bits_per_byte,
-        "tokens": result.tokens,
-        "windows": result.windows,
-        "window": result.window,
-        "dataset": corpus.name,
-        "dtype": kind,
-        "protocol": result.protocol,
-        "seconds": round(result.seconds, 2),
-    }
-    if apart is not None:
-        told |= {"kl": apart.kl, "kl_stderr": apart.kl_stderr, "top1": apart.top1, "top1_stderr": apart.top1_stderr}
-    return result, told
+    text_dtype = ("float32" if place == "cpu" else "bfloat16") if dtype == "auto" else dtype
+    reference = None if original is None else open_model(original, text_dtype, place, revision)[0]
+    evaluations = []
+    for name, source in sources:
+        model, tokenizer = open_model(source, text_dtype, place, revision)
+        ids, corpus = tokenize_dataset(dataset, text, tokenizer)
+        started = time.perf_counter()
+        results = score(
+            text_metrics,
+            model,
+            ids[: corpus.max_tokens],
+            original=reference,
+            window=window,
+            limit=limit,
+            batch_size=batch_size,
+            progress=partial(progress, name),
+            tokenizer=tokenizer,
+        )
+        evaluations.append(Evaluation(name, corpus.name, text_dtype, time.perf_counter() - started, results))
+        del model  # before the next one is loaded
+    del reference
+    if not model_metrics:
+        return evaluations
+    model_dtype = "bfloat16" if dtype == "auto" else dtype
+    models = [open_model(source, model_dtype, place, revision)[0] for _, source in sources]
+    return _add_model_metrics(evaluations, model_metrics, models)
 
 
-def compared(first: Perplexity, other: Perplexity) -> dict[str, float | None]:
-    """JSON values of the paired difference to the first model; none for the first itself, and for other tokens."""
-    if other is first or not comparable(first, other):
-        return {}
-    difference, error = paired_difference(first, other)
-    return {"to_first": difference, "to_first_stderr": error}
+def _add_model_metrics(
+    evaluations: Sequence[Evaluation], metrics: Sequence[ModelMetric[Any]], models: Sequence[nn.Module]
+) -> list[Evaluation]:
+    """The evaluations with the results of `metrics`, measured on all models together."""
+    measured = {metric.name: metric.measure(models) for metric in metrics}
+    return [
+        replace(evaluation, results={**evaluation.results, **{name: rows[i] for name, rows in measured.items()}})
+        for i, evaluation in enumerate(evaluations)
+    ]
 
 
-def speed_of(
-    sources: Sequence[Any], *, dtype: str = "auto", device: str = "auto", revision: str | None = None
-) -> tuple[list[Latency], str]:
-    """Prefill and decode speed of several models, loaded together and measured in turns; and the dtype (auto: bfloat16)."""
-    place, kind = pick_device(device), "bfloat16" if dtype == "auto" else dtype
-    models = [open_model(source, kind, place, revision)[0] for source in sources]
-    context = min((length for model in models if (length := context_length(model))), default=PROMPT + NEW)
-    new = min(NEW, max(1, context // 4))
-    return measure_in_turns(models, max(1, min(PROMPT, context - new)), new), kind
+@dataclass(frozen=True)
+class Generated:
+    """Text that a model generated.
+
+    Fields:
+        text: the new text, without special tokens.
+        prompt_tokens: number of tokens of the prompt, with those of the chat template.
+        new_tokens: number of generated tokens.
+        seconds: wall time of `generate`, without loading.
+        tokens_per_second: new_tokens over seconds.
+    """
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+    tokens_per_second: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        rounded = {"seconds": round(self.seconds, 3), "tokens_per_second": round(self.tokens_per_second, 2)}
+        return asdict(self) | rounded
 
 
 def generate_text(
@@ -138,38 +163,51 @@ def generate_text(
     device: str = "auto",
     revision: str | None = None,
     stream: bool = True,
-) -> dict[str, Any]:
-    """Greedy text, streamed to stdout where asked; through the chat template unless `raw` or there is none."""
-    from transformers import TextStreamer
+) -> Generated:
+    """Generate text greedily.
+
+    source: a folder, repo id or GGUF file, plain or quantized.
+    prompt: formatted with the chat template of the tokenizer, unless `raw` or if there is none.
+    max_new_tokens: the maximum number of new tokens.
+    dtype: `auto` is bfloat16. device: `auto` is CUDA if available, else the CPU. revision: of a repo id.
+    stream: print the text to stdout as it is generated.
+    Raises `LlmqError` for an empty prompt, max_new_tokens below 1, and a model that cannot be opened.
+    """
+    from llmq.hf.inference import open_model, stdout_streamer
 
     if max_new_tokens < 1:
         raise LlmqError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
     if not prompt.strip():
-        raise LlmqError("the prompt is empty: give some text")
+        raise LlmqError("the prompt must not be empty; pass some text with --prompt")
     place = pick_device(device)
     model, tokenizer = open_model(source, "bfloat16" if dtype == "auto" else dtype, place, revision)
+    ids = _prompt_ids(tokenizer, prompt, raw).to(place)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            streamer=stdout_streamer(tokenizer) if stream else None,
+        )
+    seconds = time.perf_counter() - started
+    new = output[0, ids.shape[1] :]
+    return Generated(
+        text=tokenizer.decode(new, skip_special_tokens=True),
+        prompt_tokens=ids.shape[1],
+        new_tokens=len(new),
+        seconds=seconds,
+        tokens_per_second=len(new) / seconds,
+    )
+
+
+def _prompt_ids(tokenizer: Any, prompt: str, raw: bool) -> Tensor:
+    """int64 [1, tokens]."""
     if raw or not getattr(tokenizer, "chat_template", None):
         inputs = tokenizer(prompt, return_tensors="pt")
     else:
         turn = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-    ids = inputs["input_ids"].to(place)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-    began = time.perf_counter()
-    with torch.inference_mode():
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            streamer=streamer,
-        )
-    seconds = time.perf_counter() - began
-    new = out[0, ids.shape[1] :]
-    return {
-        "text": tokenizer.decode(new, skip_special_tokens=True),
-        "prompt_tokens": ids.shape[1],
-        "new_tokens": len(new),
-        "seconds": round(seconds, 3),
-        "tokens_per_second": round(len(new) / seconds, 2),
-    }
+    ids: Tensor = inputs["input_ids"]
+    return ids

@@ -1,4 +1,4 @@
-"""How much memory this process has used, how much there is, and giving back what was freed."""
+"""How much memory this process has used, how much there is, sizes as text, and giving back what was freed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,20 @@ M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def peak_rss_bytes() -> int | None:
-    """Largest resident set of this process since it started, bytes; None on platforms without `resource` (Windows)."""
+    """Largest resident set of this process since it started, in bytes; None on platforms without `resource` (Windows)."""
     try:
         import resource
     except ImportError:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def format_bytes(count: int | None) -> str:
+    """A size in decimal units, as "1.23 GB"; "-" for None."""
+    from rich.filesize import decimal
+
+    return "-" if count is None else decimal(count, precision=2)
 
 
 def available_bytes(device: torch.device) -> int | None:

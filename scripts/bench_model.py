@@ -24,10 +24,12 @@ from rich.console import Console
 from rich.table import Table
 
 from llmq.bench.record import writable, write
-from llmq.cli.commands import guarded, open_named
-from llmq.cli.console import make_console, print_json, size
+from llmq.cli.commands import open_named
+from llmq.cli.console import make_console, print_json
+from llmq.cli.guard import run_guarded
 from llmq.config import QuantConfig
 from llmq.errors import LlmqError
+from llmq.memory import format_bytes
 
 TABLES = {
     "models": ("variant", "seconds", "held_bytes", "peak_bytes", "how"),
@@ -113,12 +115,12 @@ def show(console: Console, found: dict[str, Any]) -> None:
     for row in found["missing"]:
         console.print(f"not measured: {row['what']} {row['how']}, batch {row['batch']}: {row['why']}")
     if found["process_peak_bytes"]:
-        console.print(f"peak of the process, all models together: {size(found['process_peak_bytes'])} resident")
+        console.print(f"peak of the process, all models together: {format_bytes(found['process_peak_bytes'])} resident")
 
 
 def _cell(column: str, value: Any) -> str:
     if column.endswith("_bytes"):
-        return size(value)
+        return format_bytes(value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -138,4 +140,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_guarded(main)

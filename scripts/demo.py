@@ -10,8 +10,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from llmq.cli.commands import guarded, open_named
-from llmq.cli.console import make_console, print_json, print_perplexities, window_progress
+from llmq.cli.commands import open_named
+from llmq.cli.console import make_console, print_evaluations, print_json, window_progress
+from llmq.cli.guard import run_guarded
 from llmq.cli.progress import block_progress
 
 OUT = Path("demo-out")
@@ -29,7 +30,7 @@ MODELS = {
 
 def main() -> None:
     import llmq
-    from llmq.evaluation import generate_text, perplexity_of
+    from llmq.evaluation import evaluate, generate_text
 
     console = make_console(quiet=False)
     lines = []
@@ -48,17 +49,15 @@ def main() -> None:
                     progress=progress,
                 )
             console.print(f"{name}: {report.seconds:.0f} s, written to {folders[method]}")
-        results = []
-        for name, source in (("original", open_named(model)), *folders.items()):
-            with window_progress(False, name) as window_done:
-                result, summary = perplexity_of(source, window=SEQ_LEN, limit=EVALUATED, progress=window_done)
-            results.append((name, result, summary))
-            lines.append({"model": f"{model} {name}", **summary})
-        print_perplexities(console, results)
+        sources = [("original", open_named(model)), *folders.items()]
+        with window_progress(False) as shown:
+            evaluations = evaluate(sources, window=SEQ_LEN, limit=EVALUATED, progress=shown)
+        lines += [each.to_dict(first=evaluations[0]) | {"model": f"{model} {each.model}"} for each in evaluations]
+        print_evaluations(console, evaluations)
     console.print("\nThe model quantized with AWQ, then GPTQ, answers a question:", style="bold")
     generate_text(OUT / "demo-awq+gptq", "What is the capital of France?", max_new_tokens=60)
     print_json(lines)
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_guarded(main)

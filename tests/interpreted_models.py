@@ -119,7 +119,7 @@ def test_bfloat16_through_the_upcast_form(tmp_path: Path, fuse: bool, launched: 
 def two_blocks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Said:
     """The first two blocks of the demo model, between its embedding and its head."""
     from llmq.cli.commands import open_named
-    from llmq.evaluation import open_model
+    from llmq.hf.inference import open_model
 
     model, tokenizer = open_model(open_named("demo"), "float16")
     model.model.layers = model.model.layers[:2]

@@ -1,10 +1,11 @@
-"""The commands as a user types them: tables, one JSON line, exit statuses, and an interrupted run."""
+"""The commands as a user runs them: tables, one JSON line, exit statuses, Ctrl-C."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,29 +14,24 @@ import time
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
 
 import llmq
-from llmq.cli.commands import default_output
+from llmq.cli.commands import app, default_output
+from llmq.cli.options import EXAMPLES
 from llmq.demo import DEMO_NAME
+from tests.fixtures import tiny_tokenizer
 from tests.tiny import VOCAB, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = " ".join(f"w{(i * 7919 + i // 3) % (VOCAB - 4)}" for i in range(4000))
+TEXT = " ".join(f"w{3 + (i * 7919 + i // 3) % (VOCAB - 4)}" for i in range(4000))
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model folder with a word tokenizer, and a text."""
+    """A tiny model folder with a tokenizer, and a text."""
     folder = tmp_path_factory.mktemp("source")
     tiny_model("llama").save_pretrained(folder / "model")
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i + 3 for i in range(VOCAB - 4)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
     (folder / "text.txt").write_text(TEXT)
     return folder
 
@@ -55,28 +51,37 @@ def last(done: subprocess.CompletedProcess[str]):  # type: ignore[no-untyped-def
 def test_quantize_evaluate_generate(source: Path, tmp_path: Path) -> None:
     common = ("--dataset", source / "text.txt")
     calibration = ("--num_samples", 8, "--seqlen", 64, "--group-size", 32)  # `_` and the short alias are accepted
-    told = last(run("quantize", source / "model", "-o", tmp_path / "out", *calibration, *common))
+    done = run("quantize", source / "model", "-o", tmp_path / "out", *calibration, *common)
+    assert f"next:\n  llmq evaluate {tmp_path / 'out'}\n" in done.stdout
+    values = last(done)
     wanted = "output method bits group_size symmetric seconds peak_rss_bytes linears bits_per_weight checkpoint_bytes fallbacks"
-    assert set(wanted.split()) <= set(told)
-    assert told["method"] == "awq+gptq"
-    assert told["linears"] == 28
-    assert told["calibration"]["windows"] == 8
+    assert set(wanted.split()) <= set(values)
+    assert values["method"] == "awq+gptq"
+    assert values["linears"] == 28
+    assert values["calibration"]["windows"] == 8
     report = json.loads((tmp_path / "out" / "llmq_report.json").read_text())
     assert len(report["layers"]) == 28
     done = run("evaluate", source / "model", tmp_path / "out", *common, "--window", 64, "--limit", 4)
     first, second = last(done)
-    told = last(run("evaluate", tmp_path / "out", "--against", source / "model", *common, "--window", 64, "--limit", 4))
-    assert told["kl"] > 0
-    assert 0 < told["top1"] < 1
+    done = run("evaluate", tmp_path / "out", "--against", source / "model", *common, "--window", 64, "--limit", 4)
+    assert "same top-1" in done.stdout
+    values = last(done)
+    assert values["kl"] > 0
+    assert 0 < values["top1"] < 1
     assert {"model", "perplexity", "stderr", "tokens", "window", "dataset", "dtype", "seconds"} <= set(first)
     assert first["perplexity"] != second["perplexity"]
-    assert "to the first" in done.stdout
-    told = last(run("generate", tmp_path / "out", "--prompt", "w1 w2", "--max-new-tokens", 5))
-    assert told["new_tokens"] <= 5
+    assert "vs. first" in done.stdout
+    assert "to_first" not in first
+    assert second["to_first"] == pytest.approx(second["perplexity"] - first["perplexity"])
+    assert second["to_first_stderr"] > 0
+    values = last(run("generate", tmp_path / "out", "--prompt", "w3 w4", "--max-new-tokens", 5))
+    assert {"model", "text", "prompt_tokens", "new_tokens", "seconds", "tokens_per_second"} == set(values)
+    assert values["prompt_tokens"] == 2
+    assert values["new_tokens"] <= 5
 
 
-def test_models_of_other_contexts_and_odd_names_are_told_apart(source: Path, tmp_path: Path) -> None:
-    """What cannot be paired leaves blanks; a prompt that does not fit is shortened; names are no markup."""
+def test_evaluate_models_with_different_contexts_and_unusual_names(source: Path, tmp_path: Path) -> None:
+    """Results on different tokens are not compared, a prompt that does not fit is shortened, names are not markup."""
     short = tmp_path / "run[v2]{1}"
     shutil.copytree(source / "model", short)
     config = json.loads((short / "config.json").read_text())
@@ -90,14 +95,15 @@ def test_models_of_other_contexts_and_odd_names_are_told_apart(source: Path, tmp
     assert (first["window"], second["window"]) == (128, 64)
     assert "to_first" not in second
     assert first["speed"]["prompt_tokens"] + first["speed"]["new_tokens"] == 64
+    assert first["speed"]["dtype"] == "bfloat16"
     assert second["speed"]["weight_bytes"] == first["speed"]["weight_bytes"] > 0
 
 
-def test_what_was_asked_of_the_calibration_and_not_given_is_said(source: Path, tmp_path: Path) -> None:
+def test_less_calibration_data_than_requested_is_reported(source: Path, tmp_path: Path) -> None:
     size = ("--seq-len", 4096, "--num-samples", 64, "--group-size", 32)
-    told = last(run("quantize", source / "model", "-o", tmp_path / "out", *size, "--dataset", source / "text.txt"))
-    assert "calibration windows of 128 tokens, not 4096: the model's context" in told["notes"]
-    assert "31 calibration windows, not 64: all that the text gives" in told["notes"]
+    values = last(run("quantize", source / "model", "-o", tmp_path / "out", *size, "--dataset", source / "text.txt"))
+    assert "calibration windows of 128 tokens, not 4096: the model's context" in values["notes"]
+    assert "31 calibration windows, not 64: all that the text gives" in values["notes"]
 
 
 @pytest.mark.parametrize("name", [".", "model", "owner/model", "demo", "demo-general", "a/b.gguf"])
@@ -115,18 +121,18 @@ def test_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
     assert "int4 g32" in done.stdout
 
 
-def test_the_model_writes_its_own_calibration_text(source: Path, tmp_path: Path) -> None:
-    asked = (source / "model", "--dataset", "self", "--num-samples", 4, "--seq-len", 64, "--group-size", 32)
-    done = run("quantize", *asked, "-o", tmp_path / "out")
+def test_the_model_generates_its_own_calibration_text(source: Path, tmp_path: Path) -> None:
+    arguments = (source / "model", "--dataset", "self", "--num-samples", 4, "--seq-len", 64, "--group-size", 32)
+    done = run("quantize", *arguments, "-o", tmp_path / "out")
     lines = done.stderr.splitlines()
-    assert lines[0] == "the model writes 256 calibration tokens first; timing it"
-    assert re.fullmatch(r"wrote \d+ of 256 calibration tokens, about \d+ s left", lines[1])
-    assert "calibrated on 4 windows of 64 tokens of its own writing" in done.stdout
-    told = last(done)
-    assert told["calibration"]["dataset"] == "self"
-    assert any("wrote its 256 calibration tokens itself" in note for note in told["notes"])
-    assert run("quantize", *asked, "-o", tmp_path / "quiet", "--quiet").stderr == ""
-    done = run("quantize", *asked, "-o", tmp_path / "dry", "--dry-run")
+    assert lines[0] == "generating 256 calibration tokens with the model; estimating the time"
+    assert re.fullmatch(r"generated \d+ of 256 calibration tokens, about \d+ s left", lines[1])
+    assert "calibration: 4 windows of 64 tokens of text that the model generated" in done.stdout
+    values = last(done)
+    assert values["calibration"]["dataset"] == "self"
+    assert any("wrote its 256 calibration tokens itself" in note for note in values["notes"])
+    assert run("quantize", *arguments, "-o", tmp_path / "quiet", "--quiet").stderr == ""
+    done = run("quantize", *arguments, "-o", tmp_path / "dry", "--dry-run")
     assert "the model writes 256 calibration tokens first" in done.stdout
     assert not (tmp_path / "dry").exists()
 
@@ -143,13 +149,11 @@ BAD = [
         "broken.jsonl, line 2: not an object with messages",
     ),
     (("quantize", "BARE", "--group-size", 32, "--dataset", "self"), "dataset self needs the model's tokenizer"),
-    (("quantize", "MODEL", "--method", "rtn", "--dataset", "self"), "rtn takes no calibration text"),
     (("evaluate", "MODEL", "--dataset", "self"), "choose a text to evaluate on"),
     (("evaluate", "/nowhere/model"), "no such folder"),
-    (("quantize", "MODEL", "--method", "rtn", "--group-size", 32, "--seed", 1), "rtn takes no calibration text"),
-    (("generate", "MODEL", "--prompt", " "), "the prompt is empty"),
+    (("generate", "MODEL", "--prompt", " "), "the prompt must not be empty"),
     (("evaluate", "FOREIGN"), "FOREIGN: it has a kv_cache_scheme; load it with transformers"),
-    (("generate", "DUMB", "--prompt", "w1"), "has no tokenizer that can be loaded"),
+    (("generate", "NO_TOKENIZER", "--prompt", "w3"), "has no tokenizer that can be loaded"),
 ]
 
 
@@ -161,7 +165,7 @@ def test_bad_input_is_one_line_and_status_2(source: Path, tmp_path: Path, argume
     if "BARE" in arguments:
         names["BARE"] = tmp_path / "bare"
         tiny_model("llama", layers=1).save_pretrained(names["BARE"])
-    for name in {"FOREIGN", "DUMB"} & set(map(str, arguments)):
+    for name in {"FOREIGN", "NO_TOKENIZER"} & set(map(str, arguments)):
         names[name] = tmp_path / name
         made = llmq.quantize(tiny_model("llama"), names[name], llmq.QuantConfig("rtn", group_size=32))
         assert made.layers
@@ -175,7 +179,14 @@ def test_bad_input_is_one_line_and_status_2(source: Path, tmp_path: Path, argume
     assert not (tmp_path / "out").exists()
 
 
-def test_ctrl_c_leaves_nothing(source: Path, tmp_path: Path) -> None:
+def test_a_method_without_data_notes_that_a_calibration_is_not_used(source: Path, tmp_path: Path) -> None:
+    arguments = ("quantize", source / "model", "--method", "rtn", "--group-size", 32)
+    summary = last(run(*arguments, "-o", tmp_path / "a", "--dataset", "nowhere.txt"))
+    assert summary["notes"] == ["method rtn uses no calibration data; what was given is not used"]
+    assert last(run(*arguments, "-o", tmp_path / "b"))["notes"] == []
+
+
+def test_ctrl_c_removes_the_partial_output(source: Path, tmp_path: Path) -> None:
     arguments = ["--group-size", "32", "--num-samples", "60", "--seq-len", "64", "--dataset", str(source / "text.txt")]
     script = [sys.executable, str(ROOT / "scripts" / "quantize.py"), str(source / "model"), "-o", str(tmp_path / "out")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -183,13 +194,48 @@ def test_ctrl_c_leaves_nothing(source: Path, tmp_path: Path) -> None:
         assert process.stderr is not None
         line = process.stderr.readline()
         while not line.startswith("block"):
-            assert line, "it ended before its first block"
+            assert line, "the run ended before its first block"
             line = process.stderr.readline()
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
     assert process.returncode == 130
-    assert "interrupted: no half-written folder" in rest
+    assert rest.splitlines()[-1] == "interrupted; the partial output was removed"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("quantize", "m"), "interrupted; the partial output was removed"),
+        (("quantize", "m", "--dry-run"), "interrupted"),
+        (("evaluate", "m"), "interrupted"),
+        (("generate", "m", "--prompt", "w3"), "interrupted"),
+    ],
+)
+def test_ctrl_c_names_the_output_only_if_there_was_one(
+    arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    for verb in ("llmq.api.quantize", "llmq.api.preview", "llmq.evaluation.evaluate", "llmq.evaluation.generate_text"):
+        monkeypatch.setattr(verb, interrupt)
+    with pytest.raises(SystemExit) as ended:
+        app(arguments)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == f"{message}\n"
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_help_ends_with_examples_that_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every example of a help text is a command line that the parser accepts."""
+    called: list[str] = []
+    shown = " ".join(run(command, "--help").stdout.split())
+    monkeypatch.setattr("llmq.cli.commands.run_guarded", lambda run, interrupted="": called.append(interrupted))
+    for example in EXAMPLES[command]:
+        assert example in shown
+        app(shlex.split(example)[1:], standalone_mode=False)
+    assert len(called) == len(EXAMPLES[command]) > 0
 
 
 def test_help_answers_at_once() -> None:
@@ -201,7 +247,7 @@ def test_help_answers_at_once() -> None:
     assert min(times) < 1.0
 
 
-def test_like_notes_of_a_dry_run_are_one_line(source: Path, tmp_path: Path) -> None:
+def test_equal_notes_of_a_dry_run_are_one_line(source: Path, tmp_path: Path) -> None:
     done = run("quantize", source / "model", "-o", tmp_path / "out", "--group-size", 128, "--dry-run")
     notes = [line for line in done.stdout.splitlines() if line.startswith("note:") and "does not divide" in line]
     assert notes, done.stdout

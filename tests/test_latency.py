@@ -1,4 +1,4 @@
-"""Latency: every token is computed once, with a cache, and the clock is read where it should be."""
+"""Latency: every token is computed once, with a cache, and prefill and decode are timed separately."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,8 @@ import torch
 
 from llmq.errors import LlmqError
 from llmq.eval import latency
-from llmq.eval.latency import measure
+from llmq.eval.latency import measure, measure_within_context
+from llmq.eval.models import random_ids
 
 transformers = pytest.importorskip("transformers")
 
@@ -30,7 +31,7 @@ def model():
 
 
 def spy(model, monkeypatch, seconds=lambda _: 1.0):
-    """Record (ids, cache length before) of every forward; each lasts `seconds(ids.shape[1])` by the clock."""
+    """Records (ids, cache length before) of every forward, and advances a fake clock by `seconds(ids.shape[1])` for each."""
     calls = []
     forward = model.forward
     now = [100.0]
@@ -48,7 +49,7 @@ def spy(model, monkeypatch, seconds=lambda _: 1.0):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
-        assert output.logits.shape[1] == 1, "the prefill paid for logits that nobody reads"
+        assert output.logits.shape[1] == 1, "the prefill computed logits that are not used"
         return output
 
     monkeypatch.setattr(model, "forward", recorded)
@@ -77,7 +78,7 @@ def test_tokens_are_the_greedy_ones(model, monkeypatch):
         ids = torch.cat([ids, token], dim=1)
 
 
-def test_speeds_are_tokens_over_the_time_of_their_own_part(model, monkeypatch):
+def test_prefill_and_decode_are_timed_separately(model, monkeypatch):
     spy(model, monkeypatch, seconds=lambda rows: 0.3 if rows > 1 else 0.05)
     found = measure(model, prompt_tokens=12, new_tokens=4, batch_size=2, repeats=1)
     assert found.prefill_tokens_per_second == pytest.approx(24 / 0.3)
@@ -95,6 +96,7 @@ def test_the_median_of_the_repeats_is_reported(model, monkeypatch):
 def test_memory_and_machine_are_reported(model):
     found = measure(model, prompt_tokens=4, new_tokens=2, repeats=1)
     assert found.device == "cpu"
+    assert found.dtype == "float32"
     assert found.threads == torch.get_num_threads()
     assert "resident" in found.memory
     assert found.peak_memory_bytes is None or 50_000_000 < found.peak_memory_bytes < 2**40
@@ -121,3 +123,27 @@ def test_sizes_below_one_are_refused(model, size):
 def test_more_tokens_than_the_context_are_refused(model):
     with pytest.raises(LlmqError, match="context of 64; got 65"):
         measure(model, prompt_tokens=60, new_tokens=5)
+
+
+def test_sizes_fit_the_smallest_context(model):
+    """By default 512 + 64 tokens; here 64 positions are split three to one."""
+    longer = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**model.config.to_dict() | {"max_position_embeddings": 128})
+    )
+    for result in measure_within_context([longer, model]):
+        assert (result.prompt_tokens, result.new_tokens) == (48, 16)
+
+
+def test_random_ids_do_not_depend_on_the_global_state(model):
+    expected = random_ids(model, 2, 5)
+    torch.manual_seed(99)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16)
+    torch.set_default_device("meta")
+    try:
+        ids = random_ids(model, 2, 5)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(before)
+    assert torch.equal(ids, expected)
+    assert ids.dtype == torch.int64

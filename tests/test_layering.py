@@ -25,7 +25,7 @@ EDGES: dict[str, set[str]] = {
     "serving": {"core", "formats", "kernels"},
     "hf": {"blocks", "checkpoint", "core", "formats", "serving"},
     "quantization": {"blocks", "core", "formats", "methods", "transforms"},
-    "report": {"quantization", "transforms"},
+    "report": {"checkpoint", "quantization", "transforms"},
     "api": {
         "blocks",
         "calibration",
@@ -37,12 +37,12 @@ EDGES: dict[str, set[str]] = {
         "transforms",
     },
     "evaluation": {"api", "calibration", "eval", "hf"},
-    "bench": {"api", "blocks", "core", "eval", "evaluation", "hf", "kernels", "methods", "quantization", "serving"},
+    "bench": {"api", "blocks", "core", "eval", "hf", "kernels", "methods", "quantization", "serving"},
     "cli": {"api", "calibration", "demo", "eval", "evaluation", "quantization", "report", "transforms"},
     "__init__": {"api", "hf", "serving"},
 }
 OPEN = {"errors", "config", "memory", "names", "_version"}
-HEAVY = {"transformers": {"hf", "evaluation", "bench"}, "datasets": {"eval"}, "triton": {"kernels", "bench"}}
+HEAVY = {"transformers": {"hf", "bench"}, "datasets": {"eval"}, "triton": {"kernels", "bench"}}
 """Heavy packages -> the rooms that may import them."""
 
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 import llmq
 from llmq.cli.commands import open_named
 from llmq.eval.perplexity import Perplexity, paired_difference
-from llmq.evaluation import open_model, perplexity_of
+from llmq.evaluation import evaluate
+from llmq.hf.inference import open_model
 
 pytestmark = pytest.mark.slow
 
@@ -29,10 +30,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_gptq_beats_rtn_by_more_than_two_standard_errors(folders: dict[str, Path]) -> None:
-    results: dict[str, Perplexity] = {}
-    for method, folder in folders.items():
-        results[method], _ = perplexity_of(folder, window=512, limit=8)
-    difference, error = paired_difference(results["gptq"], results["rtn"])
+    evaluations = evaluate(list(folders.items()), window=512, limit=8)
+    perplexities: dict[str, Perplexity] = {each.model: each.results["perplexity"] for each in evaluations}
+    difference, error = paired_difference(perplexities["gptq"], perplexities["rtn"])
     assert error is not None
     assert difference > 2 * error
 

@@ -37,7 +37,7 @@ CALLS = {
     "quantize": "llmq.quantize(PATH, PATH + '-out', llmq.QuantConfig('rtn'))",
     "preview": "llmq.preview(PATH, llmq.QuantConfig('rtn'))",
     "generate": "evaluation.generate_text(PATH, 'hello')",
-    "evaluate": "evaluation.perplexity_of(PATH, window=16)",
+    "evaluate": "evaluation.evaluate([('trap', PATH)], window=16)",
 }
 
 

@@ -20,6 +20,7 @@ from llmq.errors import LlmqError
 from llmq.hf import self_calibration
 from llmq.hf.self_calibration import generate_windows, text_start
 from llmq.hf.source import open_source
+from llmq.report import CalibrationUsed
 from tests.tiny import ARCHITECTURES, HIDDEN, VOCAB, tiny_model
 
 BOS, EOS = 1, 2
@@ -225,7 +226,7 @@ def test_quantizing_with_dataset_self_equals_quantizing_with_its_tokens(folder: 
     llmq.quantize(folder, tmp_path / "b", config, ids)
     written = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
     assert written[0] == written[1]
-    assert report.calibration == {"dataset": "self", "windows": 6, "seq_len": 24, "tokens": 144}
+    assert report.calibration == CalibrationUsed(dataset="self", windows=6, seq_len=24, tokens=144)
     assert any("wrote its 144 calibration tokens itself in" in note and "seed 4" in note for note in report.notes)
     names = {path.name for path in (tmp_path / "a").iterdir()}
     assert names == {path.name for path in (tmp_path / "b").iterdir()}

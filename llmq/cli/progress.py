@@ -1,4 +1,4 @@
-"""Where a quantization stands, on stderr: a live bar on a terminal; elsewhere a plain line a block, for log files."""
+"""Progress of a quantization on stderr: a live bar on a terminal, else one plain line per block for log files."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llmq.calibration import GenerationProgress
-from llmq.cli.console import size
-from llmq.memory import peak_rss_bytes
+from llmq.memory import format_bytes, peak_rss_bytes
 from llmq.quantization.pipeline import Step
 
 
 @contextmanager
 def block_progress(quiet: bool) -> Iterator[Callable[[Step | GenerationProgress], None]]:
-    """Shows block i/N, the linear, the time left and the memory while open; before that, what the model writes itself."""
+    """Shows the block, the linear, the time left and the peak memory; silent if `quiet`.
+
+    Before the first block, if the model generates its own calibration text, it shows how far that is.
+    """
     if quiet:
         yield lambda step: None
     elif not sys.stderr.isatty():
-        yield _by_lines(lambda line: print(line, file=sys.stderr, flush=True))
+        yield _as_lines(lambda line: print(line, file=sys.stderr, flush=True))
     else:
         columns = (
             TextColumn("{task.fields[unit]}"),
@@ -36,53 +38,59 @@ def block_progress(quiet: bool) -> Iterator[Callable[[Step | GenerationProgress]
             yield _on_bar(bar)
 
 
-def _by_lines(tell: Callable[[str], None]) -> Callable[[Step | GenerationProgress], None]:
-    """A line a block, and some of the writing: what it will cost, then every tenth."""
-    began = time.perf_counter()
-    costs = _costs(tell)
+def _as_lines(print_line: Callable[[str], None]) -> Callable[[Step | GenerationProgress], None]:
+    """One line per block; of the text generation, its estimated time and then a line per tenth."""
+    started = time.perf_counter()
+    generating = _generation_lines(print_line)
 
-    def line(step: Step | GenerationProgress) -> None:
-        nonlocal began
+    def show(step: Step | GenerationProgress) -> None:
+        nonlocal started
         if isinstance(step, GenerationProgress):
-            costs(step)
-            began = time.perf_counter()
+            generating(step)
+            started = time.perf_counter()
         elif step.linear is None:
-            passed = time.perf_counter() - began
+            passed = time.perf_counter() - started
             left = f", {passed / step.block * (step.blocks - step.block):.0f} s left" if step.block else ""
-            tell(f"block {step.block + 1}/{step.blocks}: {passed:.0f} s{left}, {size(peak_rss_bytes())}")
+            memory = format_bytes(peak_rss_bytes())
+            print_line(f"block {step.block + 1}/{step.blocks}: {passed:.0f} s{left}, peak memory {memory}")
 
-    return line
+    return show
 
 
 def _on_bar(bar: Progress) -> Callable[[Step | GenerationProgress], None]:
-    """One bar: the writing, whose cost is a line of its own, then the blocks."""
+    """One bar: for the text generation, whose estimated time is printed above it, then for the blocks."""
     task = bar.add_task("reading", total=None, memory="", unit="block")
-    costs = _costs(lambda line: bar.console.print(line, highlight=False), tenths=False)
+    generating = _generation_lines(lambda line: bar.console.print(line, highlight=False), every_tenth=False)
 
-    def update(step: Step | GenerationProgress) -> None:
-        memory = size(peak_rss_bytes())
+    def show(step: Step | GenerationProgress) -> None:
+        memory = format_bytes(peak_rss_bytes())
         if isinstance(step, GenerationProgress):
-            costs(step)
-            bar.update(task, total=step.total, completed=step.done, description="writing", unit="token", memory=memory)
+            generating(step)
+            bar.update(
+                task, total=step.total, completed=step.done, description="generating", unit="token", memory=memory
+            )
         else:
             name = step.linear or "observing"
             bar.update(task, total=step.blocks, completed=step.block, description=name, unit="block", memory=memory)
 
-    return update
+    return show
 
 
-def _costs(tell: Callable[[str], None], tenths: bool = True) -> Callable[[GenerationProgress], None]:
-    """Tells what the writing will cost as soon as that is known, and every tenth of it after."""
-    told: list[int] = []  # -1: how much there is to write; from 0 on: tenths
+def _generation_lines(
+    print_line: Callable[[str], None], every_tenth: bool = True
+) -> Callable[[GenerationProgress], None]:
+    """Prints the size of the text to generate, the estimated time once it is known, and a line per tenth if `every_tenth`."""
+    last: int | None = None  # -1: the size was printed; from 0 on: tenths of the text
 
-    def cost(step: GenerationProgress) -> None:
+    def show(step: GenerationProgress) -> None:
+        nonlocal last
         tenth = -1 if step.left is None else 10 * step.done // step.total
-        if told and (tenth <= told[-1] or not (tenths or told[-1] < 0)):
+        if last is not None and (tenth <= last or not (every_tenth or last < 0)):
             return
-        told.append(tenth)
+        last = tenth
         if step.left is None:
-            tell(f"the model writes {step.total} calibration tokens first; timing it")
+            print_line(f"generating {step.total} calibration tokens with the model; estimating the time")
         else:
-            tell(f"wrote {step.done} of {step.total} calibration tokens, about {step.left:.0f} s left")
+            print_line(f"generated {step.done} of {step.total} calibration tokens, about {step.left:.0f} s left")
 
-    return cost
+    return show

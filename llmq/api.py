@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmq import calibration as calibrating
 from llmq._version import __version__
 from llmq.blocks.statistics import split_into_lanes
 from llmq.calibration import GenerationProgress
@@ -30,7 +29,6 @@ from llmq.checkpoint.target import refuse_overlap
 from llmq.checkpoint.writer import StagedCheckpoint
 from llmq.config import SELF, Calibration, QuantConfig, method
 from llmq.errors import LlmqError
-from llmq.eval.models import context_length
 from llmq.memory import peak_rss_bytes, trim_heap
 from llmq.quantization.block import BlockResult
 from llmq.quantization.holdout import few_tokens_notes
@@ -133,6 +131,7 @@ def preview(
 
     Of a folder only headers are read; a repo id is downloaded first, and a GGUF file is read whole.
     """
+    from llmq.hf.calibration_data import window_length
     from llmq.hf.forward import find_shared_inputs
     from llmq.hf.self_calibration import ROWS, text_start
     from llmq.hf.source import open_source
@@ -143,7 +142,7 @@ def preview(
     calibration = calibration or Calibration()
     if not method(config.method).calibrated:
         return make_preview(opened, plan, config, 0, 0)
-    length = _length(opened, calibration)
+    length = window_length(opened, calibration)
     made = make_preview(opened, plan, config, calibration.num_samples, length)
     if calibration.dataset != SELF:
         return made
@@ -170,58 +169,19 @@ def _windows(
     calibration: Calibration | Tensor | None,
     progress: Callable[[Step | GenerationProgress], None],
 ) -> tuple[Tensor, CalibrationUsed | None, tuple[str, ...]]:
-    """Token windows [n, tokens], and what the report says of them: the data used, and notes."""
+    """Token windows int64 [n, tokens], what they are for the report, and notes.
+
+    A method without data gets a few tokens, by which its blocks are taken apart.
+    """
+    from llmq.hf.calibration_data import calibration_data
     from llmq.hf.forward import probe_ids
 
     if not method(config.method).calibrated:
-        unused = (
-            ()
-            if calibration is None
-            else (f"method {config.method} uses no calibration data; what was given is not used",)
-        )
-        return probe_ids(source.model), None, unused
-    notes = []
-    if calibration is not None and not isinstance(calibration, Calibration):
-        windows, name = calibrating.check_token_ids(calibration, source.config.get_text_config()), "token ids"
-    else:
-        asked = calibration or Calibration()
-        length, name = _length(source, asked), asked.dataset
-        if name == SELF:
-            windows, note = _written(source, asked, length, progress)
-            notes.append(note)
-        else:
-            ids, _ = calibrating.read_tokens(name, "calibration", source.tokenizer())
-            windows = calibrating.cut_windows(ids, asked.num_samples, length, asked.seed)
-        if length < asked.seq_len:
-            notes.append(f"calibration windows of {length} tokens, not {asked.seq_len}: the model's context")
-        if len(windows) < asked.num_samples:
-            notes.append(f"{len(windows)} calibration windows, not {asked.num_samples}: all that the text gives")
-    count, length = windows.shape
-    return windows, CalibrationUsed(name, count, length, count * length), tuple(notes)
-
-
-def _written(
-    source: Source, asked: Calibration, length: int, progress: Callable[[Step | GenerationProgress], None]
-) -> tuple[Tensor, str]:
-    """Windows that the model writes, and what that cost."""
-    from llmq.hf.self_calibration import generate_windows, text_start
-
-    began = time.perf_counter()
-    start = text_start(source)
-    windows = generate_windows(
-        source, start, asked.num_samples, length, asked.seed, lambda *told: progress(GenerationProgress(*told))
-    )
-    seconds = time.perf_counter() - began
-    return windows, (
-        f"the model wrote its {windows.numel()} calibration tokens itself in {seconds:.1f} s, loaded whole; "
-        f"texts begin with {start}, temperature 1, seed {asked.seed}"
-    )
-
-
-def _length(source: Source, asked: Calibration) -> int:
-    """Tokens per calibration window: as asked, or the model's context."""
-    context = context_length(source.model)
-    return asked.seq_len if context is None else min(asked.seq_len, context)
+        unused = f"method {config.method} uses no calibration data; what was given is not used"
+        return probe_ids(source.model), None, () if calibration is None else (unused,)
+    data = calibration_data(source, calibration, progress)
+    count, length = data.windows.shape
+    return data.windows, CalibrationUsed(data.name, count, length, count * length), data.notes
 
 
 def _run(

@@ -130,7 +130,7 @@ def test_the_model_generates_its_own_calibration_text(source: Path, tmp_path: Pa
     assert "calibration: 4 windows of 64 tokens of text that the model generated" in done.stdout
     values = last(done)
     assert values["calibration"]["dataset"] == "self"
-    assert any("wrote its 256 calibration tokens itself" in note for note in values["notes"])
+    assert any("generated its 256 calibration tokens in" in note for note in values["notes"])
     assert run("quantize", *arguments, "-o", tmp_path / "quiet", "--quiet").stderr == ""
     done = run("quantize", *arguments, "-o", tmp_path / "dry", "--dry-run")
     assert "the model writes 256 calibration tokens first" in done.stdout

@@ -227,7 +227,7 @@ def test_quantizing_with_dataset_self_equals_quantizing_with_its_tokens(folder: 
     written = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
     assert written[0] == written[1]
     assert report.calibration == CalibrationUsed(dataset="self", windows=6, seq_len=24, tokens=144)
-    assert any("wrote its 144 calibration tokens itself in" in note and "seed 4" in note for note in report.notes)
+    assert any("generated its 144 calibration tokens in" in note and "seed 4" in note for note in report.notes)
     names = {path.name for path in (tmp_path / "a").iterdir()}
     assert names == {path.name for path in (tmp_path / "b").iterdir()}
 

@@ -23,7 +23,7 @@ PROMPT, NEW = 512, 64
 
 def open_model(source: Any, dtype: str, device: str = "cpu", revision: str | None = None) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder, repo id or GGUF value, plain or quantized; every float in `dtype`."""
-    from llmq.hf.quantizer import load, stored_scheme
+    from llmq.hf.quantizer import load, quantization_config_of
     from llmq.hf.source import open_source
     from llmq.hf.source_base import quiet
 
@@ -32,7 +32,7 @@ def open_model(source: Any, dtype: str, device: str = "cpu", revision: str | Non
     if path:
         try:
             with quiet():
-                packed = stored_scheme(source, **hub) is not None  # `load` says why where it is not ours
+                packed = quantization_config_of(source, **hub) is not None  # `load` says why llmq cannot run it
         except (OSError, ValueError):
             packed = False  # `open_source` below says what is wrong with it
         if packed:

@@ -49,6 +49,11 @@ def checkpoint(folder: Path, arch: str = "llama", **changes: object) -> Path:
     return folder
 
 
+def float32_checkpoint(folder: Path, arch: str = "llama", **changes: object) -> Path:
+    """`checkpoint` in float32 and by the default method."""
+    return checkpoint(folder, arch, **{"method": llmq.QuantConfig().method, "dtype": "float32", **changes})
+
+
 def fit_full_range(weight: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, None]:
     """Signed full-range symmetric scales: the largest |w| of each group gets code 0, whatever its sign.
 

@@ -20,7 +20,7 @@ from llmq.formats.base import Format, Layout, LayoutGroup, check_specs, matches,
 from tests.fixtures import fit_full_range
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-each_format = pytest.mark.parametrize("layout", FORMATS, ids=lambda each: each.name)
+each_format = pytest.mark.parametrize("disk_format", FORMATS, ids=lambda each: each.name)
 # One layer's linears: q, k and v share an input, as do gate and up.
 NAMES = [f"model.layers.{i}.{name}" for i in range(12) for name in ("attn.q", "attn.o", "mlp.up", "mlp.down")]
 
@@ -33,16 +33,16 @@ def quantized(
     return quantize(weight, *choose(weight, grid, dtype), grid)
 
 
-def stored_schemes(layout: Format) -> list[Scheme]:
+def stored_schemes(disk_format: Format) -> list[Scheme]:
     """Weight-only schemes that the format stores, of all combinations that llmq can round to."""
     candidates = [
-        Scheme(Grid(bits, size, symmetric), None, layout.scale_dtype(dtype))
+        Scheme(Grid(bits, size, symmetric), None, disk_format.scale_dtype(dtype))
         for bits in (2, 3, 4, 8)
         for size in (None, 32, 64, 128)
         for symmetric in (True, False)
         for dtype in DTYPES
     ]
-    return [scheme for scheme in dict.fromkeys(candidates) if layout.refusal(scheme) is None]
+    return [scheme for scheme in dict.fromkeys(candidates) if disk_format.refusal(scheme) is None]
 
 
 def test_formats_are_found_by_name_and_by_config() -> None:
@@ -59,10 +59,10 @@ def test_formats_are_found_by_name_and_by_config() -> None:
 
 
 @each_format
-def test_every_format_stores_some_scheme(layout: Format) -> None:
-    assert stored_schemes(layout)
-    assert layout.scale_name in layout.tensor_names
-    assert set(layout.metadata_names) < set(layout.tensor_names) <= set(layout.reserved_names)
+def test_every_format_stores_some_scheme(disk_format: Format) -> None:
+    assert stored_schemes(disk_format)
+    assert disk_format.scale_name in disk_format.tensor_names
+    assert set(disk_format.metadata_names) < set(disk_format.tensor_names) <= set(disk_format.reserved_names)
 
 
 @each_format
@@ -71,23 +71,23 @@ def test_every_format_stores_some_scheme(layout: Format) -> None:
     st.booleans(), st.sampled_from((*DTYPES, torch.float64)), st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=150, deadline=None)
-def test_a_scheme_is_refused_or_stored_exactly(layout, rows, groups, size, bits, symmetric, dtype, seed) -> None:  # type: ignore[no-untyped-def]
+def test_a_scheme_is_refused_or_stored_exactly(disk_format, rows, groups, size, bits, symmetric, dtype, seed) -> None:  # type: ignore[no-untyped-def]
     shape = rows, groups * (size or 7)
     weight = quantized(*shape, Grid(bits, size, symmetric), dtype, seed)
     scheme = scheme_of(weight)
-    reason = layout.refusal(scheme)
+    reason = disk_format.refusal(scheme)
     if reason is not None:
-        for refused in (lambda: layout.encode(weight), lambda: layout.specs(shape, scheme)):
+        for refused in (lambda: disk_format.encode(weight), lambda: disk_format.specs(shape, scheme)):
             with pytest.raises(LlmqError) as caught:
                 refused()
-            assert str(caught.value) == f"{layout.name} {reason}"
+            assert str(caught.value) == f"{disk_format.name} {reason}"
         return
-    tensors = layout.encode(weight)
-    assert {name: spec_of(tensor) for name, tensor in tensors.items()} == layout.specs(shape, scheme)
-    assert set(tensors) <= set(layout.tensor_names)
-    assert tensors[layout.scale_name].dtype == scheme.scale_dtype
-    layout.check_values(tensors, shape)
-    again = layout.decode(tensors, scheme)
+    tensors = disk_format.encode(weight)
+    assert {name: spec_of(tensor) for name, tensor in tensors.items()} == disk_format.specs(shape, scheme)
+    assert set(tensors) <= set(disk_format.tensor_names)
+    assert tensors[disk_format.scale_name].dtype == scheme.scale_dtype
+    disk_format.check_values(tensors, shape)
+    again = disk_format.decode(tensors, scheme)
     assert scheme_of(again) == scheme
     assert torch.equal(again.codes, weight.codes)
     assert torch.equal(again.scale, weight.scale)
@@ -95,89 +95,89 @@ def test_a_scheme_is_refused_or_stored_exactly(layout, rows, groups, size, bits,
 
 
 @each_format
-def test_specs_count_the_bytes(layout: Format) -> None:
-    for scheme in stored_schemes(layout):
-        tensors = layout.encode(quantized(48, 128, scheme.weight, scheme.scale_dtype))
-        specs = layout.specs((48, 128), scheme)
+def test_specs_count_the_bytes(disk_format: Format) -> None:
+    for scheme in stored_schemes(disk_format):
+        tensors = disk_format.encode(quantized(48, 128, scheme.weight, scheme.scale_dtype))
+        specs = disk_format.specs((48, 128), scheme)
         assert {name: spec.nbytes for name, spec in specs.items()} == {name: t.nbytes for name, t in tensors.items()}
 
 
 @each_format
-def test_decode_refuses_tensors_that_disagree_with_the_scheme(layout: Format) -> None:
-    scheme = stored_schemes(layout)[0]
-    tensors = layout.encode(quantized(48, 128, scheme.weight, scheme.scale_dtype))
+def test_decode_refuses_tensors_that_disagree_with_the_scheme(disk_format: Format) -> None:
+    scheme = stored_schemes(disk_format)[0]
+    tensors = disk_format.encode(quantized(48, 128, scheme.weight, scheme.scale_dtype))
     for name, tensor in tensors.items():
         rest = {other: value for other, value in tensors.items() if other != name}
         with pytest.raises(LlmqError, match=f"{name} is missing"):
-            layout.decode(rest, scheme)
-        if name not in layout.metadata_names:
+            disk_format.decode(rest, scheme)
+        if name not in disk_format.metadata_names:
             for wrong in (tensor[:-1], tensor.double()):
                 with pytest.raises(LlmqError, match=f"{name} must be .*; got {wrong.dtype!s}"):
-                    layout.decode({**rest, name: wrong}, scheme)
+                    disk_format.decode({**rest, name: wrong}, scheme)
     with pytest.raises(LlmqError, match="extra is not part of this scheme"):
-        layout.decode({**tensors, "extra": torch.zeros(1)}, scheme)
+        disk_format.decode({**tensors, "extra": torch.zeros(1)}, scheme)
 
 
 @each_format
 @pytest.mark.parametrize("broken", [0.0, float("nan"), float("inf")])
-def test_broken_scales_and_shapes_are_found_by_value(layout: Format, broken: float) -> None:
-    scheme = stored_schemes(layout)[0]
-    tensors = layout.encode(quantized(48, 128, scheme.weight, scheme.scale_dtype))
-    tensors[layout.scale_name] = tensors[layout.scale_name].clone()
-    tensors[layout.scale_name][-1, -1] = broken
-    with pytest.raises(LlmqError, match=f"a.b.{layout.scale_name} holds NaN, inf or zero"):
-        layout.check_values(tensors, (48, 128), "a.b.")
+def test_broken_scales_and_shapes_are_found_by_value(disk_format: Format, broken: float) -> None:
+    scheme = stored_schemes(disk_format)[0]
+    tensors = disk_format.encode(quantized(48, 128, scheme.weight, scheme.scale_dtype))
+    tensors[disk_format.scale_name] = tensors[disk_format.scale_name].clone()
+    tensors[disk_format.scale_name][-1, -1] = broken
+    with pytest.raises(LlmqError, match=f"a.b.{disk_format.scale_name} holds NaN, inf or zero"):
+        disk_format.check_values(tensors, (48, 128), "a.b.")
 
 
 @each_format
-def test_quantized_activations_are_refused_by_name(layout: Format) -> None:
+def test_quantized_activations_are_refused_by_name(disk_format: Format) -> None:
     """No format stores them yet. One that does returns no refusal, and then must write and parse them."""
-    weight_only = stored_schemes(layout)[0]
+    weight_only = stored_schemes(disk_format)[0]
     for activation in (ActivationGrid(8, "token", True, True), ActivationGrid(8, "tensor", False, False)):
         scheme = Scheme(weight_only.weight, activation, weight_only.scale_dtype)
-        reason = layout.refusal(scheme)
+        reason = disk_format.refusal(scheme)
         if reason is None:
-            assert scheme_in(layout, {"a": scheme}, "a") == scheme
+            assert scheme_in(disk_format, {"a": scheme}, "a") == scheme
             continue
         assert str(activation) in reason
         for refused in (
-            lambda s=scheme: layout.specs((48, 128), s),
-            lambda s=scheme: layout.config({"a": s}, [], True),
+            lambda s=scheme: disk_format.specs((48, 128), s),
+            lambda s=scheme: disk_format.config({"a": s}, [], True),
         ):
             with pytest.raises(LlmqError, match=str(activation)):
                 refused()
 
 
-def parsed(layout: Format, schemes: dict[str, Scheme], ignore: list[str], ordered: bool) -> Layout:
+def parsed(disk_format: Format, schemes: dict[str, Scheme], ignore: list[str], ordered: bool) -> Layout:
     """The config of `schemes`, written to JSON and parsed again."""
-    config: dict[str, Any] = json.loads(json.dumps(layout.config(schemes, ignore, ordered)))
-    assert format_of(config) is layout
-    assert layout.unsupported_reason(config) is None
-    return layout.parse(config)
+    config: dict[str, Any] = json.loads(json.dumps(disk_format.config(schemes, ignore, ordered)))
+    assert format_of(config) is disk_format
+    assert disk_format.unsupported_reason(config) is None
+    return disk_format.parse(config)
 
 
-def scheme_in(layout: Format, schemes: dict[str, Scheme], name: str) -> Scheme | None:
-    return parsed(layout, schemes, [], False).scheme_for(name, ("Linear", "Module"), schemes[name].scale_dtype)
+def scheme_in(disk_format: Format, schemes: dict[str, Scheme], name: str) -> Scheme | None:
+    return parsed(disk_format, schemes, [], False).scheme_for(name, ("Linear", "Module"), schemes[name].scale_dtype)
 
 
 @each_format
 @pytest.mark.parametrize("ordered", [True, False])
-def test_the_config_gives_back_the_scheme_of_every_module(layout: Format, ordered: bool) -> None:
-    for scheme in stored_schemes(layout):
-        found = parsed(layout, dict.fromkeys(NAMES, scheme), ["lm_head"], ordered)
+def test_the_config_gives_back_the_scheme_of_every_module(disk_format: Format, ordered: bool) -> None:
+    for scheme in stored_schemes(disk_format):
+        found = parsed(disk_format, dict.fromkeys(NAMES, scheme), ["lm_head"], ordered)
         assert {found.scheme_for(name, ("Linear", "Module"), scheme.scale_dtype) for name in NAMES} == {scheme}
         assert found.scheme_for("lm_head", ("Linear", "Module"), scheme.scale_dtype) is None
         assert found.scheme_for("model.embed", ("Embedding", "Module"), scheme.scale_dtype) is None
 
 
 @each_format
-def test_mixed_schemes_are_refused_or_given_back(layout: Format) -> None:
-    for pair in combinations([s for s in stored_schemes(layout) if s.scale_dtype == torch.float16], 2):
+def test_mixed_schemes_are_refused_or_given_back(disk_format: Format) -> None:
+    for pair in combinations([s for s in stored_schemes(disk_format) if s.scale_dtype == torch.float16], 2):
         by_kind = {name: pair[name.endswith("down")] for name in NAMES}
         by_layer = {name: pair["layers.3." in name] for name in NAMES}
         for schemes in (by_kind, by_layer):
             try:
-                found = parsed(layout, schemes, ["lm_head"], True)
+                found = parsed(disk_format, schemes, ["lm_head"], True)
             except LlmqError:
                 continue
             for name, scheme in schemes.items():
@@ -185,12 +185,12 @@ def test_mixed_schemes_are_refused_or_given_back(layout: Format) -> None:
 
 
 @each_format
-def test_configs_of_other_formats_are_not_supported(layout: Format) -> None:
-    config = layout.config({"a": stored_schemes(layout)[0]}, [], False)
+def test_configs_of_other_formats_are_not_supported(disk_format: Format) -> None:
+    config = disk_format.config({"a": stored_schemes(disk_format)[0]}, [], False)
     for changed in ({**config, "quant_method": "unknown"}, {}):
-        assert layout.unsupported_reason(changed) is not None
+        assert disk_format.unsupported_reason(changed) is not None
         with pytest.raises(LlmqError, match="llmq cannot run this checkpoint: "):
-            layout.parse(changed)
+            disk_format.parse(changed)
 
 
 def test_a_target_by_name_wins_over_one_by_class() -> None:

@@ -97,14 +97,14 @@ def test_a_fused_model_saves_moves_copies_and_loads_like_an_unfused_one(tmp_path
     assert {k: v.shape for k, v in fused.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
     fused.save_pretrained(tmp_path / "b")
     assert torch.equal(logits(llmq.load(tmp_path / "b")), want)
-    twin = copy.deepcopy(fused)
-    assert torch.equal(logits(twin), want)
-    assert not {id(m) for group in fused_linears(twin) for m in group.members} & {id(m) for m in fused.modules()}
+    copied = copy.deepcopy(fused)
+    assert torch.equal(logits(copied), want)
+    assert not {id(m) for group in fused_linears(copied) for m in group.members} & {id(m) for m in fused.modules()}
     state = llmq.load(checkpoint(tmp_path / "c", "qwen2", scales="search"))
     fused.load_state_dict(state.state_dict())
     assert torch.equal(logits(fused), logits(state)), "layouts are rebuilt after loading"
-    assert torch.equal(logits(twin), want)
-    half = twin.to(torch.float16)
+    assert torch.equal(logits(copied), want)
+    half = copied.to(torch.float16)
     torch.testing.assert_close(logits(half).float(), logits(plain.to(torch.float16)).float(), rtol=1e-2, atol=1e-2)
     file = io.BytesIO()
     torch.save(fused_linears(fused)[0].members[0], file)

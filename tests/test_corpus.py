@@ -65,19 +65,19 @@ def fake_datasets(monkeypatch):
 @pytest.mark.parametrize(("split", "part"), [("calibration", "train"), ("evaluation", "test")])
 def test_wikitext2_joins_the_lines_of_its_part(fake_datasets, split, part):
     fake_datasets.answer = lambda: {"text": ["", " = Title = \n", "words \n"]}
-    found = load_text("wikitext2", split)
-    assert found.text == "\n\n = Title = \n\n\nwords \n"
+    loaded = load_text("wikitext2", split)
+    assert loaded.text == "\n\n = Title = \n\n\nwords \n"
     assert fake_datasets.calls == [(("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": part})]
-    assert part in found.description
-    assert found.max_tokens is None
+    assert part in loaded.description
+    assert loaded.max_tokens is None
 
 
 def test_c4_evaluation_is_c4_new(fake_datasets):
     fake_datasets.answer = lambda: ({"text": f"d{i}"} for i in range(5000))
-    found = load_text("c4", "evaluation")
-    assert found.text == " ".join(f"d{i}" for i in range(1100))
-    assert found.max_tokens == 256 * 2048
-    assert "c4-new" in found.description
+    loaded = load_text("c4", "evaluation")
+    assert loaded.text == " ".join(f"d{i}" for i in range(1100))
+    assert loaded.max_tokens == 256 * 2048
+    assert "c4-new" in loaded.description
     ((name,), options), *rest = fake_datasets.calls
     assert not rest
     assert name == "allenai/c4"
@@ -92,8 +92,8 @@ def test_c4_calibration_stops_reading_the_stream(fake_datasets):
         pytest.fail("read more documents than needed")
 
     fake_datasets.answer = stream
-    found = load_text("c4", "calibration")
-    assert found.text.split("\n\n")[-1] == f"d{corpus.C4_CALIBRATION_DOCUMENTS - 1}"
+    loaded = load_text("c4", "calibration")
+    assert loaded.text.split("\n\n")[-1] == f"d{corpus.C4_CALIBRATION_DOCUMENTS - 1}"
     assert fake_datasets.calls[0][1]["data_files"] == {"train": "en/c4-train.00000-of-01024.json.gz"}
 
 
@@ -138,10 +138,10 @@ def test_missing_datasets_package_names_the_command(monkeypatch):
 def test_a_file_is_the_same_text_for_both_splits(tmp_path, split):
     path = tmp_path / "text.txt"
     path.write_text("zwölf Wörter\n", encoding="utf-8")
-    found = load_text(str(path), split)
-    assert found.text == "zwölf Wörter\n"
-    assert found.name == str(path)
-    assert str(path) in found.description
+    loaded = load_text(str(path), split)
+    assert loaded.text == "zwölf Wörter\n"
+    assert loaded.name == str(path)
+    assert str(path) in loaded.description
 
 
 def test_an_unknown_name_lists_the_names():
@@ -150,7 +150,7 @@ def test_an_unknown_name_lists_the_names():
 
 
 def test_a_folder_is_refused(tmp_path):
-    with pytest.raises(LlmqError, match="is a folder; give a file in it"):
+    with pytest.raises(LlmqError, match="is a folder; use a file in it"):
         load_text(str(tmp_path), "evaluation")
 
 
@@ -179,8 +179,8 @@ def test_conversations_are_read_line_by_line(tmp_path):
     assert not is_conversations("builtin")
     with pytest.raises(LlmqError, match="must hold one text, but it holds conversations"):
         load_text(str(path), "calibration")
-    found = load_conversations(str(path))
-    assert [[m["role"] for m in messages] for messages in found] == [["user", "assistant"]] * 2
+    loaded = load_conversations(str(path))
+    assert [[m["role"] for m in messages] for messages in loaded] == [["user", "assistant"]] * 2
 
 
 @pytest.mark.parametrize(

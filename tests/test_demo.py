@@ -97,9 +97,9 @@ def test_noise_is_added_block_by_block_as_documented():
                 values = weight[row, 32 * block : 32 * block + 32]
                 step = (values.max() - values.min()) / 15
                 expected = (values + noise[row, block] * step * 0.5).bfloat16()
-                found = after.block[name].weight[row, 32 * block : 32 * block + 32]
-                assert torch.equal(found, expected)
-                assert (found.float() - values).abs().max() > 0.1 * step, "the noise moves nothing"
+                actual = after.block[name].weight[row, 32 * block : 32 * block + 32]
+                assert torch.equal(actual, expected)
+                assert (actual.float() - values).abs().max() > 0.1 * step, "the noise moves nothing"
 
 
 def test_only_linears_other_than_the_head_change():

@@ -67,8 +67,8 @@ def test_reads_what_safetensors_reads(tmp_path: Path, sharded: bool) -> None:
             tuple(tensors[name].shape),
             tensors[name].nbytes,
         )
-    found = checkpoint.read(tensors)
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    loaded = checkpoint.read(tensors)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
     assert set(checkpoint.read(["scalar", "a.bias"])) == {"scalar", "a.bias"}
     assert checkpoint.read([]) == {}
 
@@ -76,9 +76,9 @@ def test_reads_what_safetensors_reads(tmp_path: Path, sharded: bool) -> None:
 def test_returned_tensors_own_their_memory(tmp_path: Path) -> None:
     save_file(some_tensors(), tmp_path / SINGLE)
     checkpoint = open_checkpoint(tmp_path)
-    found = checkpoint.read(["a.weight"])
-    assert found["a.weight"].untyped_storage().nbytes() == found["a.weight"].nbytes
-    found["a.weight"].zero_()
+    loaded = checkpoint.read(["a.weight"])
+    assert loaded["a.weight"].untyped_storage().nbytes() == loaded["a.weight"].nbytes
+    loaded["a.weight"].zero_()
     assert torch.equal(load_file(tmp_path / SINGLE)["a.weight"], some_tensors()["a.weight"])
 
 
@@ -86,9 +86,9 @@ def test_returned_tensors_own_their_memory(tmp_path: Path) -> None:
 def test_no_file_stays_open_or_mapped(tmp_path: Path) -> None:
     write_sharded(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
-    held = checkpoint.read(checkpoint.tensors)
+    tensors = checkpoint.read(checkpoint.tensors)
     gc.collect()
-    assert held
+    assert tensors
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
     open_files = {os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")}
     assert not any(path.startswith(str(tmp_path)) for path in open_files)

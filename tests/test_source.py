@@ -96,11 +96,11 @@ def planned_names(source: Source) -> set[str]:
     return {each.name for each in source.tensor_plan()}
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert set(found) == set(expected)
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert set(actual) == set(expected)
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
+        assert actual[name].dtype == tensor.dtype, name
+        assert torch.equal(actual[name], tensor), name
 
 
 def all_models() -> list[Any]:
@@ -150,8 +150,8 @@ def test_one_block_has_data_at_a_time(arch: str, tmp_path: Path) -> None:
     for index in range(len(source)):
         block = source.load_block(index)
         assert block is blocks[index]
-        real = [i for i, other in enumerate(blocks) if any(p.device.type != "meta" for p in other.parameters())]
-        assert real == [index]
+        with_data = [i for i, other in enumerate(blocks) if any(p.device.type != "meta" for p in other.parameters())]
+        assert with_data == [index]
         source.release_block(index)
         assert {t.device.type for t in block.parameters()} == {"meta"}
         with pytest.raises(LlmqError, match=f"block {index} must be loaded"):

@@ -106,14 +106,14 @@ def test_round_trip(
             out.write(name, tensors[name])
         out.commit()
     files = sorted(target.glob("*.safetensors"))
-    found = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    assert set(found) == set(tensors)
-    assert all(same_bytes(found[name], tensor) for name, tensor in tensors.items())
+    stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert set(stored) == set(tensors)
+    assert all(same_bytes(stored[name], tensor) for name, tensor in tensors.items())
     for file in files:
         with safe_open(file, framework="pt") as handle:
             assert handle.metadata() == {"format": "pt"}
-            held = {name: tensors[name] for name in handle.keys()}  # noqa: SIM118
-        save_file(held, target / "theirs", metadata={"format": "pt"})
+            in_file = {name: tensors[name] for name in handle.keys()}  # noqa: SIM118
+        save_file(in_file, target / "theirs", metadata={"format": "pt"})
         assert file.read_bytes() == (target / "theirs").read_bytes()
 
 
@@ -148,8 +148,8 @@ def test_values_are_taken_from_views_and_gradients(tmp_path: Path) -> None:
     base = torch.arange(12.0).reshape(3, 4)
     tensors = {"t": base.T, "p": torch.nn.Parameter(base), "s": base[:, 1]}
     write(tmp_path / "out", tensors)
-    found = load_file(tmp_path / "out" / SINGLE)
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    stored = load_file(tmp_path / "out" / SINGLE)
+    assert all(torch.equal(stored[name], tensor) for name, tensor in tensors.items())
 
 
 def test_side_files_are_kept_and_parents_made(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     folder = Path(folder)
     if not folder.is_dir():
         problem = "is a file" if folder.exists() else "does not exist"
-        raise LlmqError(f"a checkpoint must be a folder; {folder} {problem}; give an existing folder")
+        raise LlmqError(f"a checkpoint must be a folder; {folder} {problem}; use an existing folder")
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file():
         return Checkpoint(folder, MappingProxyType(_header(single)))
@@ -154,7 +154,7 @@ def _no_safetensors(folder: Path) -> str:
             f"{start}: it has {first_names(pickles)}; pickles are not read, since opening one runs the code in it; "
             "convert to safetensors"
         )
-    return f"{start}; give a folder that holds a model in safetensors"
+    return f"{start}; use a folder that holds a model in safetensors"
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -5,17 +5,17 @@
     .{name}.old-<random>       exists for a moment, with overwrite: the old folder, moved aside
     .{name}.lock               an empty file that the running process keeps locked
 
-Locking. There is one lock per target, taken before anything else and held until the run has published or discarded
-its folder. A second run for the same target is refused at once, in whatever order the two were started. The operating
-system drops the lock of a killed process, so a lock file that is left over blocks nobody. `publish` and `discard`
-remove the lock file; a killed run leaves it to the next run.
+Locking: there is one lock per target. A run takes it before anything else and keeps it until it has published or
+discarded its folder. A second run for the same target is refused at once, even if both were started at the same time.
+The operating system releases the lock of a killed process, so a lock file that was left over does not block later runs.
+`publish` and `discard` remove the lock file; after a kill, the next run for that target does.
 
-Recovery. Whoever holds the lock knows that every partial folder of this target was left by a killed run, and removes
-it. A kill between the two renames of an overwrite leaves no target: the old folder then lies complete next to it, and
+Recovery: while a run holds the lock, every partial folder of its target must be left from a killed run, and is removed.
+A kill between the two renames of an overwrite leaves no target. The complete old folder is then still next to it, and
 the next run first moves it back.
 
 Some filesystems have no locks. There no run is refused because of another one, and partial folders are never removed,
-since they may belong to a run that is still going on. Two runs for one target then meet at the final rename.
+since they may belong to a run that is still going on. Two runs for one target then conflict at the final rename only.
 
 With overwrite only a quantized checkpoint or an empty folder is replaced (`llmq.checkpoint.target`).
 
@@ -228,7 +228,7 @@ def _lock(target: Path, made: list[Path]) -> int | None:
             break
         if _is_same_file(handle, path):
             return handle
-        os.close(handle)  # the run that held the lock has ended and removed the file: nobody else would see this lock
+        os.close(handle)  # the run before has removed the file at its end; a third run would not see this lock
     raise LlmqError(f"another run is writing {target}; wait for it to end or choose another folder")
 
 
@@ -240,7 +240,7 @@ def _is_same_file(handle: int, path: Path) -> bool:
 
 
 def _unlock(lock: int | None, target: Path) -> None:
-    """Remove the lock file and give the lock up."""
+    """Remove the lock file and release the lock."""
     if lock is None:
         return
     # A file can be removed while it is open, except on Windows; there another run's open file cannot be removed.

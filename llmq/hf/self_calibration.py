@@ -1,4 +1,4 @@
-"""Calibration text that the model generates itself, for models without fitting text at hand.
+"""Calibration text that the model generates itself, for use when no suitable text is available.
 
 Each window begins with a token that begins a text (`TextStart`). The tokens after it are sampled from the model's own
 distribution, unchanged: temperature 1, no top-k, nothing of its generation config. If the model ends a text before the

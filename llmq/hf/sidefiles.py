@@ -120,7 +120,7 @@ class SideFiles:
         if where is None:
             raise LlmqError(
                 "the loaded model does not say where its tokenizer is (name_or_path is empty); "
-                "save model and tokenizer to one folder and give that folder"
+                "save model and tokenizer to one folder and use that folder"
             )
         extra = {"gguf_file": self._gguf_file} if self._gguf_file else {}
         try:
@@ -158,7 +158,7 @@ def _saving(what: str) -> Iterator[None]:
         yield
     except (LlmqError, OSError):
         raise
-    except Exception as error:  # configs and tokenizers are classes of others and raise what they like
+    except Exception as error:  # third-party configs and tokenizers raise anything
         raise LlmqError(f"{what} of the source cannot be saved: {_first_line(error)}") from error
 
 

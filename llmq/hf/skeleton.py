@@ -66,5 +66,5 @@ def compute_buffers(model: PreTrainedModel, device: torch.device, missing: Itera
         if buffer.is_floating_point() and bool(buffer.isnan().any()):
             raise LlmqError(
                 f"transformers does not compute {full} of {type(model).__name__}; "
-                "load the model with from_pretrained and give the loaded model"
+                "load the model with from_pretrained and use the loaded model"
             )

@@ -76,7 +76,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """The checked config of the causal LM in `folder`. Raises `LlmqError` with the reason if there is none."""
     file = folder / CONFIG
     if not file.is_file():
-        raise LlmqError(f"{folder} has no config.json; give a folder made by `save_pretrained` or by a download")
+        raise LlmqError(f"{folder} has no config.json; use a folder made by `save_pretrained` or by a download")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -99,7 +99,7 @@ def check_config(config: PreTrainedConfig, where: str) -> None:
     """Raise `LlmqError` unless `config` belongs to a causal LM that is not quantized. where: begins the message."""
     method = _quantization_method(config)
     if method is not None:
-        raise LlmqError(f"{where}: the source is quantized already ({method}); give the original model")
+        raise LlmqError(f"{where}: the source is quantized already ({method}); use the original model")
     named = [each for each in getattr(config, "architectures", None) or () if isinstance(each, str)]
     if getattr(config, "is_encoder_decoder", False):
         raise LlmqError(
@@ -114,7 +114,7 @@ def check_config(config: PreTrainedConfig, where: str) -> None:
     if named and not any(each.endswith(_CAUSAL) or each in known for each in named):
         raise LlmqError(
             f"{where}: only models that predict tokens can be quantized; this is {', '.join(named)}; "
-            "give a causal language model"
+            "use a causal language model"
         )
 
 
@@ -123,14 +123,14 @@ def _open_model(model: nn.Module, dtype: str, device: str | torch.device, tokeni
     if not isinstance(model, PreTrainedModel):
         raise LlmqError(f"a loaded model must be a transformers PreTrainedModel; got {name}")
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
-        raise LlmqError(f"{name} is quantized already ({_quantization_method(model.config)}); give the original model")
+        raise LlmqError(f"{name} is quantized already ({_quantization_method(model.config)}); use the original model")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise LlmqError(f"{name} has adapters; merge them into the weights first (merge_and_unload)")
     check_config(model.config, name)
     if model.get_output_embeddings() is None:
         raise LlmqError(
             f"only models that predict tokens can be quantized; {name} has no output embeddings; "
-            "give a causal language model"
+            "use a causal language model"
         )
     loaded_dtype, notes = _pick_dtype(dtype, model.dtype)
     side = SideFiles(tokenizer=tokenizer, name=model.name_or_path or "")
@@ -173,7 +173,7 @@ def _folder(source: Any, revision: str | None) -> Path:
         return folder
     if not _REPO_ID.fullmatch(str(source)) or ".." in str(source):
         raise LlmqError(
-            f"no such folder: {source or repr(source)}; give an existing folder or a hub repo id (owner/name)"
+            f"no such folder: {source or repr(source)}; use an existing folder or a hub repo id (owner/name)"
         )
     return _download(str(source), revision)
 

@@ -1,6 +1,6 @@
 """A causal LM as the tensors outside its decoder blocks and the blocks, one at a time.
 
-`Source` is all that the rest of the library sees, wherever the model comes from. `Source.model` always has the
+The rest of the library sees only `Source`, whatever the origin of the model. `Source.model` always has the
 structure of the whole `PreTrainedModel`; `load_outer`, `load_block` and `release_block` decide which of its parameters
 hold data. There are two kinds: `FolderSource` reads the data from shards on disk, `InMemorySource` from a loaded model.
 """

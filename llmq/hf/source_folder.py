@@ -1,6 +1,6 @@
 """A model on disk, read one block at a time through transformers' own loading code.
 
-The model is built on meta from its config. transformers' renaming rules then tell, for every stored tensor, which part
+The model is built on meta from its config. transformers' renaming rules then determine, for every stored tensor, which part
 of the model it feeds: the part outside the blocks, or one block. Loading a part reads these tensors and passes them to
 `convert_and_load_state_dict_in_model`, which renames, merges and casts exactly as `from_pretrained` does (including the
 modules that stay in float32). A checkpoint that does not fit the model is refused from names and headers, before any
@@ -177,7 +177,7 @@ class FolderSource(Source):
         if absent:
             raise LlmqError(
                 f"{self._checkpoint.folder} lacks {first_names(absent)}, which {type(self.model).__name__} needs; "
-                "give a whole causal language model"
+                "use a complete causal language model"
             )
 
 
@@ -209,7 +209,7 @@ def _refuse_misfits(checkpoint: Checkpoint, routes: Routes, entries: Mapping[str
     for key, name in routes.feeds.items():
         stored, expected = checkpoint.tensors[key], entries[name]
         if expected.is_floating_point() and not (stored.dtype.is_floating_point and stored.dtype.itemsize > 1):
-            raise LlmqError(f"{key} is {stored.dtype}: the source is quantized already; give the original model")
+            raise LlmqError(f"{key} is {stored.dtype}: the source is quantized already; use the original model")
         if key not in routes.computed and stored.shape != tuple(expected.shape):
             raise LlmqError(_mismatch(checkpoint, key, stored.shape, tuple(expected.shape)))
 

@@ -36,7 +36,7 @@ def load_gguf(file: Path, dtype: torch.dtype, side: SideFiles) -> PreTrainedMode
     Raises `LlmqError` with the reason if the file cannot be read.
     """
     if not file.is_file():
-        raise LlmqError(f"no such file: {file}; give the path of an existing .gguf file")
+        raise LlmqError(f"no such file: {file}; use the path of an existing .gguf file")
     if importlib.util.find_spec("gguf") is None:
         raise LlmqError(f"reading {file} needs the gguf package, which is not installed; run `pip install gguf`")
     try:

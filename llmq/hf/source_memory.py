@@ -109,11 +109,11 @@ def _refuse_scattered(model: PreTrainedModel) -> None:
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         raise LlmqError(
             "a loaded model must be on one device; this one is spread over several by its device_map; "
-            "load it without device_map or give its folder"
+            "load it without device_map or use its folder"
         )
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if tensor.device.type == "meta":
             raise LlmqError(
                 f"a loaded model must have its weights in memory; {name} is on meta (offloaded or not loaded); "
-                "load it without offloading or give its folder"
+                "load it without offloading or use its folder"
             )

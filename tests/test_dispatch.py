@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import llmq
-from llmq.kernels import cpu_int4, slab, wna16
+from llmq.bench.variants import packed_linears
+from llmq.kernels import wna16
 from llmq.kernels.launch import Device
 from llmq.kernels.problem import Problem
-from llmq.serving.linear import QuantLinear
-from tests.fixtures import DISK, IDS, checkpoint
+from llmq.kernels.registry import KERNELS
+from llmq.serving.linear import QuantLinear, kernels_overridden
+from tests.fixtures import DISK, IDS, checkpoint, with_run
 
 
 def test_rows_and_joined_linears_are_told(tmp_path: Path) -> None:
@@ -25,7 +28,7 @@ def test_rows_and_joined_linears_are_told(tmp_path: Path) -> None:
     assert all(row.joined == () for row in llmq.explain(plain))
     many = llmq.explain(fused, rows=64)[0]
     assert (many.few_rows, many.joined) == ("slab", ())
-    assert "(cpu_int4 is for up to 48 rows" in str(many)
+    assert "(cpu_int4 runs at most 48 rows" in str(many)
     for wrong, told in (
         ({"rows": 0}, "rows must be at least 1; got 0"),
         ({"rows": 1.5}, "rows must be whole numbers; got 1.5"),
@@ -47,23 +50,22 @@ def test_printed_linears_alike_are_told_together(tmp_path: Path) -> None:
 def test_a_launch_says_where_it_is_from(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wna16, "device_of", lambda _: Device("sm_90", 132))
     problem = Problem(4096, 4096, 4, 128, True, torch.float16, torch.float16, "cuda")
-    told = wna16.launch_of(problem, 1, torch.device("cuda"))
+    told = wna16.describe_launch(problem, 1, torch.device("cuda"))
     assert told is not None
     assert told.startswith("bm8 bn")
     assert told.endswith("assembly (measured)") or told.endswith("assembly (by rule)")
-    assert wna16.launch_of(problem, 0, torch.device("cuda")) is None
+    assert wna16.describe_launch(problem, 0, torch.device("cuda")) is None
 
 
 @pytest.mark.parametrize(("fuse", "problems"), [(False, 4), (True, 4)])
 def test_each_distinct_problem_is_run_once(
     tmp_path: Path, fuse: bool, problems: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, seen = llmq.load(checkpoint(tmp_path / "a"), fuse=fuse), []
-    for kernel in (cpu_int4, slab):
-        run = kernel.run
-        monkeypatch.setattr(
-            kernel, "run", lambda *args, r=run, n=kernel.NAME: seen.append((n, len(args[0]))) or r(*args)
-        )
+    seen: list[tuple[str, int]] = []
+    recording = with_run(lambda kernel: lambda *args: seen.append((kernel.name, len(args[0]))) or kernel.run(*args))
+    monkeypatch.setattr(QuantLinear, "kernels", recording)
+    model = llmq.load(checkpoint(tmp_path / "a"), fuse=fuse)
+    seen.clear()
     rows = llmq.warmup(model)
     assert {(row.n, row.k) for row in rows} == (
         {(128, 64), (64, 64), (256, 64), (64, 128)} if fuse else {(64, 64), (32, 64), (128, 64), (64, 128)}
@@ -77,13 +79,13 @@ def test_each_distinct_problem_is_run_once(
         llmq.warmup(model, [1, 0])
 
 
-def test_after_it_nothing_is_left_to_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_it_nothing_is_left_to_make(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "a")
     model = llmq.load(folder, fuse=True, dtype=torch.float32)
     assert all(row.kernel == "slab" for row in llmq.warmup(model))
     llmq.warmup(model.to(torch.bfloat16))
-    monkeypatch.setattr(cpu_int4, "prepare", lambda _: pytest.fail("a layout was missing"))
-    with torch.no_grad():
+    kernels = [replace(kernel, prepare=lambda _: pytest.fail("a layout was missing")) for kernel in KERNELS]
+    with torch.no_grad(), kernels_overridden(packed_linears(model), kernels):
         model(IDS[:1, :1])
 
 

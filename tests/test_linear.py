@@ -112,14 +112,14 @@ def test_layouts_are_made_once_and_dropped_when_something_changes() -> None:
     module, x = linear(bias=False), rows(1)
     with torch.no_grad():
         first = module(x)
-        made = module._made(cpu_int4)
+        made = module._made(cpu_int4.KERNEL)
         assert made is not None
         module.to("cpu")
         module(x)
-        assert module._made(cpu_int4) is made, "a move to where it is changes nothing"
+        assert module._made(cpu_int4.KERNEL) is made, "a move to where it is changes nothing"
         other = QuantLinear.from_quantized(quantized_weight(Grid(4, 32, True), seed=5))
         module.load_state_dict(other.state_dict())
-        assert module._made(cpu_int4) is None
+        assert module._made(cpu_int4.KERNEL) is None
         assert torch.equal(module(x), other(x))
         assert not torch.equal(module(x), first)
         module.weight_packed = nn.Parameter(linear(bias=False).weight_packed.data, requires_grad=False)
@@ -131,11 +131,11 @@ def test_layouts_are_made_once_and_dropped_when_something_changes() -> None:
         uneven.weight_zero_point = nn.Parameter(zeros.data, requires_grad=False)
         assert not torch.equal(uneven(x), before), "and other zero points"
         module._apply(torch.clone)  # new data in the same parameters
-        assert module._made(cpu_int4) is None
+        assert module._made(cpu_int4.KERNEL) is None
 
 
 def test_the_number_of_rows_decides_in_a_forward() -> None:
-    most = cpu_int4.MOST_ROWS
+    most = cpu_int4.MAX_ROWS
     with torch.no_grad():
         outputs = {name: linear(kernel=name)(rows(most + 1)) for name in ("cpu_int4", "slab")}
         assert not torch.equal(*outputs.values())
@@ -149,7 +149,7 @@ def test_streamed_weights_are_not_kept_in_another_form() -> None:
     with torch.no_grad():
         torch.testing.assert_close(module(x), linear()(x), rtol=2e-2, atol=0.1)
     assert module._layouts == {}
-    assert module.choice(BF16, 1).kernel is slab
+    assert module.choice(BF16, 1).kernel is slab.KERNEL
 
 
 def test_copies_and_pickles_carry_the_stored_tensors_alone() -> None:
@@ -172,7 +172,7 @@ def test_a_layout_made_in_inference_mode_serves_outside_of_it() -> None:
     with torch.inference_mode():
         module(rows(1))
         module(rows(60))
-    assert not module._made(cpu_int4).weight.is_inference()
+    assert not module._made(cpu_int4.KERNEL).weight.is_inference()
     x = rows(60, dtype=BF16).requires_grad_()
     module(x).sum().backward()
     assert x.grad is not None
@@ -238,7 +238,7 @@ def test_it_compiles_whole_and_takes_the_layouts_that_are_there(symmetric: bool)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch.no_grad():
         got = compiled(rows(1))
-        assert module[0]._made(cpu_int4) is None, "a compiled forward makes no layout"
+        assert module[0]._made(cpu_int4.KERNEL) is None, "a compiled forward makes no layout"
         torch.testing.assert_close(got, module(rows(1)), rtol=2e-2, atol=0.1)
         module[0].ready(BF16)
         for x in (rows(1), rows(2, 30), rows(3, 40), rows(1)):
@@ -261,7 +261,7 @@ def test_kernels_can_be_forced_and_say_when_they_cannot() -> None:
     x = rows(2)
     with torch.no_grad():
         torch.testing.assert_close(linear(kernel="reference")(x), linear(kernel="slab")(x), rtol=2e-2, atol=0.1)
-        with pytest.raises(LlmqError, match="cpu_int4 takes groups that 32 divides; these have 24"):
+        with pytest.raises(LlmqError, match="cpu_int4 requires group_size divisible by 32; got 24"):
             linear(Grid(4, 24, True), kernel="cpu_int4")(x)
     with pytest.raises(LlmqError, match=r"must end in 96 features; got \[2, 95\]"):
         linear()(x[:, 1:])

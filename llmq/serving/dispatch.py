@@ -85,18 +85,18 @@ def _explained(name: str, module: QuantLinear, dtype: torch.dtype, rows: int) ->
     joined: tuple[str, ...] = ()
     if isinstance(module.together, Joined):
         whole = module.together.whole.choice(dtype, rows)
-        if whole.kernel.JOINS:
+        if whole.kernel.supports_fusion:
             few, run = whole, module.together.whole
             joined = tuple(member.rpartition(".")[2] for member in module.together.names)
     size = "channel" if module.grid.group_size is None else f"g{module.grid.group_size}"
     return Explanation(
         name,
         f"int{module.grid.bits} {size} {'sym' if module.grid.symmetric else 'asym'}",
-        few.kernel.NAME,
-        many.kernel.NAME,
+        few.kernel.name,
+        many.kernel.name,
         _reasons(few, many, rows),
         rows,
-        few.kernel.launch_of(run.problem(dtype), rows, run.device),
+        few.kernel.describe_launch(run.problem(dtype), rows, run.device),
         joined,
     )
 
@@ -136,18 +136,18 @@ def warmup(model: nn.Module, rows: int | Sequence[int] = 1, dtype: torch.dtype |
         for linear in _runs(model, kind, count):
             problem = linear.problem(kind)
             kernel = linear.choice(kind, count).kernel
-            launch = kernel.launch_of(problem, count, linear.device)
+            launch = kernel.describe_launch(problem, count, linear.device)
             biased = linear._bias(kind) is not None
-            key = (kernel.NAME, problem, launch or count, linear.device, biased)
+            key = (kernel.name, problem, launch or count, linear.device, biased)
             if key not in done:
                 seconds = _once(linear, count, kind)
-                done[key] = Warmed(kernel.NAME, count, problem.rows, problem.columns, launch, seconds)
+                done[key] = Warmed(kernel.name, count, problem.out_features, problem.in_features, launch, seconds)
     return list(done.values())
 
 
 def _runs(model: nn.Module, dtype: torch.dtype, rows: int) -> Iterator[QuantLinear]:
     """What is run for M = `rows`: linears, and those that are one as one."""
-    joining = [one.whole for one in joined_linears(model) if one.whole.choice(dtype, rows).kernel.JOINS]
+    joining = [one.whole for one in joined_linears(model) if one.whole.choice(dtype, rows).kernel.supports_fusion]
     covered = {id(member) for whole in joining for member in whole.members}
     yield from joining
     for module in model.modules():

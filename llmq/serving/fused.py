@@ -10,8 +10,8 @@ columns, each to be taken once. They are found by the identity of x, and compute
 x is another tensor, or was written to, or a second thread came between.
 
 What is stored stays with each linear, so that state dicts, saving, moving and loading know nothing of this; joined is the
-layout that a kernel makes (`Kernel.JOINS`), in the place of the linears' own. Kernels that read the stored tensors would gain
-nothing and need a copy: there the linears run one by one. Outputs are the same bits where a kernel computes a row
+layout that a kernel makes (`Kernel.supports_fusion`), in the place of the linears' own. Kernels that read the stored tensors
+would gain nothing and need a copy: there the linears run one by one. Outputs are the same bits where a kernel computes a row
 of the weight alike whatever the number of rows; the Triton kernel splits sums by that number, and then rounds otherwise.
 
 Left out: experts that two tokens do not reach; linears of different modules (parallel attention beside its MLP). The columns
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from llmq.core.packing import pack, unpack
 from llmq.errors import LlmqError
 from llmq.kernels.problem import Packed, Problem
-from llmq.serving.linear import QuantLinear, answering, under_autocast
+from llmq.serving.linear import QuantLinear, forward_overridden, under_autocast
 
 TOKENS = 2
 
@@ -90,7 +90,7 @@ class Whole(QuantLinear):
         """y [.., N of all]; None where the kernel for x joins nothing."""
         x = under_autocast(x)
         kernel = self._kernel_for(x)
-        return self._through(kernel, x) if kernel.JOINS else None
+        return self._through(kernel, x) if kernel.supports_fusion else None
 
     def problem(self, dtype: torch.dtype) -> Problem:
         return replace(super().problem(dtype), scale_dtype=self.members[0].weight_scale.dtype)
@@ -98,7 +98,7 @@ class Whole(QuantLinear):
     def ready(self, dtype: torch.dtype, rows: int = 1) -> None:
         """As of each linear; where the kernel joins nothing, theirs."""
         kernel = self._kernel(dtype, rows, self.device)
-        if kernel.JOINS:
+        if kernel.supports_fusion:
             self._layout(kernel)
             self._bias(dtype)
         else:
@@ -110,10 +110,10 @@ class Whole(QuantLinear):
         zeros = [part.zero for part in parts if part.zero is not None]
         return replace(
             parts[0],
-            rows=self.out_features,
+            out_features=self.out_features,
             weight=torch.cat([part.weight for part in parts]),
             scale=torch.cat([part.scale for part in parts]),
-            zero=_zeros(zeros, [part.rows for part in parts], self.grid.bits) if zeros else None,
+            zero=_zeros(zeros, [part.out_features for part in parts], self.grid.bits) if zeros else None,
             parts=tuple(parts),
         )
 
@@ -203,7 +203,7 @@ def shared_inputs(model: nn.Module) -> list[tuple[str, ...]]:
     body = getattr(model, "base_model", model)
     device = next(parameter.device for parameter in model.parameters())
     try:
-        with torch.no_grad(), answering(list(linears.values()), zeros_of):
+        with torch.no_grad(), forward_overridden(list(linears.values()), zeros_of):
             body(input_ids=torch.zeros(1, TOKENS, dtype=torch.long, device=device), use_cache=False)
     except (RuntimeError, TypeError, ValueError) as error:
         raise LlmqError(f"fuse must run the model on two tokens, and it fails: {error}") from error

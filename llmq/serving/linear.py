@@ -27,8 +27,9 @@ from llmq.core.grid import Grid
 from llmq.core.quantized import QuantizedWeight
 from llmq.errors import LlmqError
 from llmq.formats import compressed_tensors as ct
-from llmq.kernels.problem import Kernel, Packed, Problem
-from llmq.kernels.registry import Choice, Step, choose, steps
+from llmq.kernels.kernel import Kernel, RuntimeLayout
+from llmq.kernels.problem import Packed, Problem
+from llmq.kernels.registry import KERNELS, Choice, KernelRange, choose, kernel_ranges
 
 
 class Together(Protocol):
@@ -51,6 +52,8 @@ class QuantLinear(nn.Module):
     together, place: the linears that this one is run with, and which of them it is: set by `llmq.serving.fused.join`.
     """
 
+    kernels: tuple[Kernel, ...] = KERNELS
+    """The candidates in order of preference; `kernels_overridden` replaces them for a while."""
     weight_packed: nn.Parameter
     weight_scale: nn.Parameter
     weight_shape: nn.Parameter
@@ -125,20 +128,20 @@ class QuantLinear(nn.Module):
     def problem(self, dtype: torch.dtype) -> Problem:
         """What a kernel is asked to do for x of `dtype`."""
         return Problem(
-            rows=self.out_features,
-            columns=self.in_features,
+            out_features=self.out_features,
+            in_features=self.in_features,
             bits=self.grid.bits,
             group_size=self.grid.columns_per_group(self.in_features),
             symmetric=self.grid.symmetric,
             scale_dtype=self.weight_scale.dtype,
             dtype=dtype,
             device=self.device.type,
-            streamed=self.streamed,
+            offloaded=self.streamed,
         )
 
     def choice(self, dtype: torch.dtype, rows: int) -> Choice:
         """The kernel that `rows` rows of x in `dtype` are run with, and why not the others."""
-        return choose(self.problem(dtype), rows, self.kernel)
+        return choose(self.problem(dtype), rows, self.kernel, self.kernels)
 
     def quantized_weight(self) -> QuantizedWeight:
         """The weight as codes, scales and zero points. `LlmqError` where the stored tensors contradict each other."""
@@ -161,17 +164,17 @@ class QuantLinear(nn.Module):
                 raise LlmqError(f"the input must be floating; got {dtype}")
             if device != self.device:
                 raise LlmqError(f"the input must be where the weight is, on {self.device}; it is on {device}")
-            ladder = self._ladders[key] = steps(self.problem(dtype), self.kernel)
+            ladder = self._ladders[key] = kernel_ranges(self.problem(dtype), self.kernel, self.kernels)
         for step in ladder:
-            if step.most_rows is None:
+            if step.max_rows is None:
                 return step.kernel
-            if rows <= step.most_rows and not (torch.compiler.is_compiling() and self._made(step.kernel) is None):
+            if rows <= step.max_rows and not (torch.compiler.is_compiling() and self._made(step.kernel) is None):
                 return step.kernel
         raise AssertionError("the last step has no limit")
 
-    def _made(self, kernel: Kernel) -> Any:
+    def _made(self, kernel: Kernel) -> RuntimeLayout | None:
         """A kernel's layout, if there is one of the tensors as they are now."""
-        made = self._layouts.get(kernel.NAME)
+        made = self._layouts.get(kernel.name)
         if made is None:
             return None
         return made[1] if all(map(is_, made[0], self._stored())) else None
@@ -191,21 +194,21 @@ class QuantLinear(nn.Module):
         bias = self._parameters["bias"]
         return bias if bias is None or bias.dtype == dtype else bias.to(dtype)
 
-    def _layout(self, kernel: Kernel) -> Any:
+    def _layout(self, kernel: Kernel) -> RuntimeLayout:
         layout = self._made(kernel)
         if layout is not None:
             return layout
         with torch.inference_mode(False), torch.no_grad():  # what inference mode makes could not be used outside of it
             layout = kernel.prepare(self.packed())
         if not self.streamed:
-            self._layouts[kernel.NAME] = (self._stored(), layout)
+            self._layouts[kernel.name] = (self._stored(), layout)
         return layout
 
     def _forget(self) -> None:
         if self.together is not None:
             self.together.forget()
-        self._ladders: dict[tuple[object, ...], tuple[Step, ...]] = {}
-        self._layouts: dict[str, tuple[tuple[Tensor | None, ...], Any]] = {}
+        self._ladders: dict[tuple[object, ...], tuple[KernelRange, ...]] = {}
+        self._layouts: dict[str, tuple[tuple[Tensor | None, ...], RuntimeLayout]] = {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Moves reach everything; casts do not reach the scales, whose dtype is part of the format."""
@@ -257,8 +260,26 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
 
 
 @contextmanager
-def answering(modules: Sequence[nn.Module], forward_of: Callable[[Any], Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Inside, each of `modules` answers with what `forward_of(module)` says in the place of its own forward."""
+def kernels_overridden(linears: Sequence[QuantLinear], kernels: Sequence[Kernel]) -> Iterator[None]:
+    """While open, `linears` choose among `kernels` instead of the registry's. A layout is reused by its kernel's name."""
+    before = [vars(linear).pop("kernels", None) for linear in linears]
+    try:
+        for linear in linears:
+            linear.kernels, linear._ladders = tuple(kernels), {}
+        yield
+    finally:
+        for linear, own in zip(linears, before, strict=True):
+            vars(linear).pop("kernels", None)
+            linear._ladders = {}
+            if own is not None:
+                linear.kernels = own
+
+
+@contextmanager
+def forward_overridden(
+    modules: Sequence[nn.Module], forward_of: Callable[[Any], Callable[[Tensor], Tensor]]
+) -> Iterator[None]:
+    """While open, each of `modules` runs `forward_of(module)` instead of its own forward."""
     own = [vars(module).pop("forward", None) for module in modules]  # accelerate's hooks stand there
     try:
         for module in modules:

@@ -23,7 +23,7 @@ other than by vendor.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import log2
@@ -120,7 +120,7 @@ def configure(
     size, tiles, form = bucket(device.arch, rows), -(-k // 128), form_of(device.arch, dtype)
     tuned = nearest(table, dtype, group, size, n, k, bits)
     if tuned is not None:
-        return _launch_of(tuned, form)
+        return launch_of(tuned, form)
     row_tiles, down = -(-n // 64), -(-rows // size)
     prefer_wide = size >= 32 or device.arch == "sm_100" or row_tiles // 2 * down >= device.processors
     wide = prefer_wide and row_tiles % 2 == 0
@@ -197,24 +197,19 @@ def stages_of(arch: str, bits: int) -> int:
 @cache
 def table_of(device: Device, folder: Path = TUNED) -> tuple[TunedLaunch, ...]:
     """The measured rows for a device: its own table, else one of the same architecture and number of processors, else ()."""
-    tables = [table for table in _tables(folder, device.arch) if table["processors"] == device.processors]
+    tables = [table for table in tables_of(device.arch, folder) if table["processors"] == device.processors]
     tables.sort(key=lambda table: table.get("device") != device.name)  # stable: the device's own table first
     return rows_of(tables[0]["rows"]) if tables else ()
 
 
-def shipped(arch: str, folder: Path = TUNED) -> Iterator[tuple[TunedLaunch, Launch]]:
-    """Every row of an architecture's tables, and the launch that it leads to."""
-    for table in _tables(folder, arch):
-        for row in rows_of(table["rows"]):
-            yield row, _launch_of(row, form_of(arch, row.dtype))
-
-
-def _tables(folder: Path, arch: str) -> list[dict[str, Any]]:
+def tables_of(arch: str, folder: Path = TUNED) -> list[dict[str, Any]]:
+    """The tables of an architecture, as JSON values, in the order of their file names."""
     tables = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
     return [table for table in tables if table["arch"] == arch]
 
 
-def _launch_of(row: TunedLaunch, form: str) -> Launch:
+def launch_of(row: TunedLaunch, form: str) -> Launch:
+    """The launch of a row. form: of unpacking."""
     return Launch(row.bucket, row.bn, row.warps, row.stages, row.split, form)
 
 

@@ -64,8 +64,8 @@ def expected(folder: Path, ids: Tensor, new: int = NEW) -> Expected:
     return Expected(folder, ids, logits(model, ids), written(model, ids, new))
 
 
-def assert_near(found: Tensor, want: Tensor, share: float = STEPS) -> None:
-    assert float((found - want).abs().max()) <= share * float(want.abs().max())
+def assert_near(got: Tensor, want: Tensor, share: float = STEPS) -> None:
+    assert float((got - want).abs().max()) <= share * float(want.abs().max())
 
 
 @pytest.fixture

@@ -180,9 +180,9 @@ def test_split_k_does_not_use_the_default_dtype(default: torch.dtype) -> None:
 def test_the_launcher_can_be_replaced() -> None:
     tiled, x, calls = wna16.prepare(drawn(70, 160, 32, True, F16)), inputs(6, 160, F16), []
     wna16.multiply(x, tiled, launcher=lambda *arguments: calls.append(arguments))
-    ((given, weight, bias, y, configuration),) = calls
+    ((aligned, weight, bias, y, configuration),) = calls
     assert (weight, bias, y.shape) == (tiled, None, (6, 70))
-    assert torch.equal(given, x)
+    assert torch.equal(aligned, x)
     assert configuration == wna16.configuration(tiled, 6, F16, x.device)
 
 

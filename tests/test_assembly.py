@@ -28,12 +28,12 @@ FULL = 0xFFFFFFFF
 
 def logic(a: Tensor, b: Tensor, c: Tensor, table: int) -> Tensor:
     """lop3: bit 4a + 2b + c of the table, for each bit position."""
-    found = torch.zeros_like(a)
+    result = torch.zeros_like(a)
     for index in range(8):
         if table >> index & 1:
             terms = [value if index >> place & 1 else ~value for value, place in ((a, 2), (b, 1), (c, 0))]
-            found |= terms[0] & terms[1] & terms[2]
-    return found & FULL
+            result |= terms[0] & terms[1] & terms[2]
+    return result & FULL
 
 
 def halves(word: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -101,10 +101,10 @@ def test_every_code_minus_every_zero_point(bits: int, dtype: torch.dtype, symmet
     for zeros in points:
         inputs = {f"${first}": torch.as_tensor(word)}
         inputs |= {f"${first + 1 + p}": torch.full_like(low, zero * 0x10001) for p, zero in enumerate(zeros)}
-        found = executed(FORMS[bits, dtype, symmetric].value, inputs)
+        registers = executed(FORMS[bits, dtype, symmetric].value, inputs)
         for place, (a, b) in enumerate(turned):
             for offset, codes in enumerate((a, b)):
-                got = found[f"${2 * place + offset}"].to(torch.uint16).view(dtype)
+                got = registers[f"${2 * place + offset}"].to(torch.uint16).view(dtype)
                 assert torch.equal(got.double(), (codes - zeros[place]).double()), (zeros, place)
 
 

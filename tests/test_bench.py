@@ -61,33 +61,33 @@ def replace_slab(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
 @vectors
 def test_every_row_is_complete_and_absent_contenders_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    found = measured()
-    assert json.loads(json.dumps(found.rows)) == found.rows
-    assert {row["what"] for row in found.rows} == {"cpu_int4", "slab", "dense", "torch int4"}
-    assert {"triton", "reference", "gemlite"} <= set(found.absent)
-    assert found.absent["gemlite"] == "is not installed: pip install gemlite"
-    assert (found.wrong, found.skipped) == ([], [])
-    us = {(row["shape"], row["m"], row["what"]): row["us"] for row in found.rows}
-    for row in found.rows:
+    results = measured()
+    assert json.loads(json.dumps(results.rows)) == results.rows
+    assert {row["what"] for row in results.rows} == {"cpu_int4", "slab", "dense", "torch int4"}
+    assert {"triton", "reference", "gemlite"} <= set(results.absent)
+    assert results.absent["gemlite"] == "is not installed: pip install gemlite"
+    assert (results.wrong, results.skipped) == ([], [])
+    us = {(row["shape"], row["m"], row["what"]): row["us"] for row in results.rows}
+    for row in results.rows:
         assert " ".join(sorted(row)) == KEYS
         assert row["copies"] == timing.MIN_COPIES
         assert 0 < row["error"] < truth.TOLERANCE[BF16]
         assert row["speedup"] == us[row["shape"], row["m"], "dense"] / row["us"]
         floor = max(row["bytes"] / LIMITS.copy, row["flops"] / LIMITS.flops) * 1e6
         assert row["roofline"] == pytest.approx(floor / row["us"])
-    one = next(row for row in found.rows if (row["shape"], row["what"], row["m"]) == ("128x64", "cpu_int4", 1))
+    one = next(row for row in results.rows if (row["shape"], row["what"], row["m"]) == ("128x64", "cpu_int4", 1))
     # Codes, scales and zero points of 2 groups a row, x, y.
     assert one["bytes"] == 64 * 128 // 2 + 64 * 2 * 2 + 64 * 2 // 2 + 2 * (128 + 64)
-    assert {(row["m"], row["what"]) for row in found.rows if row["preferred"]} == {(1, "cpu_int4"), (70, "slab")}
+    assert {(row["m"], row["what"]) for row in results.rows if row["preferred"]} == {(1, "cpu_int4"), (70, "slab")}
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     replace_slab(monkeypatch, lambda x, packed, bias=None: slab.run(x, packed, bias) * (1.05 if len(x) == 70 else 1))
-    found = measured()
-    assert [line.partition(": ")[0] for line in found.wrong] == ["slab at 128x64", "slab at 256x96"]
-    assert "the result for M=70 has a relative error of" in found.wrong[0]
-    assert "slab" not in {row["what"] for row in found.rows}
-    assert "dense" in {row["what"] for row in found.rows}
+    results = measured()
+    assert [line.partition(": ")[0] for line in results.wrong] == ["slab at 128x64", "slab at 256x96"]
+    assert "the result for M=70 has a relative error of" in results.wrong[0]
+    assert "slab" not in {row["what"] for row in results.rows}
+    assert "dense" in {row["what"] for row in results.rows}
 
 
 def test_a_kernel_that_is_not_deterministic_or_fails_later_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,10 +107,10 @@ def test_a_kernel_that_is_not_deterministic_or_fails_later_is_not_timed(monkeypa
     for broken, reason in ((moving, "is not bit-equal when repeated"), (late, "elements that are not finite")):
         count[0] = 0
         replace_slab(monkeypatch, broken)
-        found = measured(config)
-        assert len(found.wrong) == 1
-        assert reason in found.wrong[0]
-        assert "slab" not in {row["what"] for row in found.rows}
+        results = measured(config)
+        assert len(results.wrong) == 1
+        assert reason in results.wrong[0]
+        assert "slab" not in {row["what"] for row in results.rows}
 
 
 def test_a_rival_that_is_wrong_or_raises_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,16 +120,16 @@ def test_a_rival_that_is_wrong_or_raises_is_reported(monkeypatch: pytest.MonkeyP
     off = rivals.Rival("off", lambda problem: None, rivals.dense, lambda x, w: torch.nn.functional.linear(x, w * 1.1))
     bad = rivals.Rival("bad", lambda problem: None, rivals.dense, failing)
     monkeypatch.setattr(rivals, "RIVALS", (rivals.DENSE, off, bad))
-    found = measured()
-    assert not found.wrong, "a rival's failure is not ours"
-    assert "the result for M=1 has a relative error of" in found.absent["off at 128x64"]
-    assert found.absent["bad at 128x64"] == "NotImplementedError: not on this device"
-    assert {row["what"] for row in found.rows}.isdisjoint({"off", "bad"})
+    results = measured()
+    assert not results.wrong, "a rival's failure is not ours"
+    assert "the result for M=1 has a relative error of" in results.absent["off at 128x64"]
+    assert results.absent["bad at 128x64"] == "NotImplementedError: not on this device"
+    assert {row["what"] for row in results.rows}.isdisjoint({"off", "bad"})
 
 
 def test_what_does_not_fit_the_time_box_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = measured(replace(CONFIG, seconds=0.0))
-    assert (found.rows, found.skipped) == ([], ["128x64", "256x96"])
+    results = measured(replace(CONFIG, seconds=0.0))
+    assert (results.rows, results.skipped) == ([], ["128x64", "256x96"])
     monkeypatch.setattr(benchmark, "RIVAL_SHARE", 0.0)
     absent = measured(CONFIG).absent
     assert "dense at 256x96" not in absent, "without it there are no ratios"

@@ -59,34 +59,34 @@ def test_the_self_test_measures_and_writes_everything(
     with pytest.raises(SystemExit, match="0"):
         options.run(script().main)
     out = capsys.readouterr().out
-    found = json.loads(out.splitlines()[-1])
+    record = json.loads(out.splitlines()[-1])
     (file,) = tmp_path.glob("bench_model-tiny-*.json")
-    assert json.loads(file.read_text()) == found
+    assert json.loads(file.read_text()) == record
     assert "fast: eager: CUDA graphs are for CUDA devices; the model is on cpu" in out
-    cases = {(row["what"], row["how"], row["batch"], row["variant"]) for row in found["rows"]}
+    cases = {(row["what"], row["how"], row["batch"], row["variant"]) for row in record["rows"]}
     names = ("original", "packed", "fused")
     decoded = {("decode", how, batch, name) for how in ("eager", "fast") for batch in (1, 2) for name in names}
     assert cases == decoded | {("prefill", "eager", 1, name) for name in names}
-    assert found["missing"] == []
-    for row in found["rows"]:
+    assert record["missing"] == []
+    for row in record["rows"]:
         assert row["runs"] == 2
         assert row["fastest_ms"] <= row["ms_per_forward"] <= row["slowest_ms"]
         assert row["tokens_per_second"] * row["ms_per_forward"] == pytest.approx(
             1000 * row["batch"] * (row["tokens"] if row["what"] == "prefill" else 1)
         )
         assert row["grown_bytes"] is None
-    assert [row["variant"] for row in found["models"]] == list(names)
+    assert [row["variant"] for row in record["models"]] == list(names)
     assert all(
-        row["seconds"] > 0 and row["resident_bytes"] > 0 and row["peak_bytes"] is None for row in found["models"]
+        row["seconds"] > 0 and row["resident_bytes"] > 0 and row["peak_bytes"] is None for row in record["models"]
     )
-    assert [row["model"] for row in found["correctness"]] == ["packed", "fused"]
-    assert all(0 < row["linears_worst"] <= 1 and row["tokens_compared"] > 0 for row in found["correctness"])
-    assert [row["variant"] for row in found["overhead"]] == list(names)
-    assert all(row["linear_us"] > 0 and row["block_us"] > 0 for row in found["overhead"])
-    assert {(row["n"], row["k"]) for row in found["launch"]} == {(128, 128), (64, 128), (384, 128), (128, 384)}
-    assert found["command"].startswith("bench_model.py --self-test")
-    assert found["versions"]["torch"].startswith(torch.__version__.split("+")[0])
-    assert " ".join(sorted(found)) == (
+    assert [row["model"] for row in record["correctness"]] == ["packed", "fused"]
+    assert all(0 < row["linears_worst"] <= 1 and row["tokens_compared"] > 0 for row in record["correctness"])
+    assert [row["variant"] for row in record["overhead"]] == list(names)
+    assert all(row["linear_us"] > 0 and row["block_us"] > 0 for row in record["overhead"])
+    assert {(row["n"], row["k"]) for row in record["launch"]} == {(128, 128), (64, 128), (384, 128), (128, 384)}
+    assert record["command"].startswith("bench_model.py --self-test")
+    assert record["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert " ".join(sorted(record)) == (
         "arch bench cache_bytes command correctness date device dtype launch measured memory memory_bytes missing models "
         "overhead process_peak_bytes processors quantized rows seconds seed self_test sizes source system threads versions"
     )
@@ -97,10 +97,10 @@ def test_a_checkpoint_is_compared_with_its_original(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "original")
     tiny_tokenizer().save_pretrained(tmp_path / "original")
     llmq.quantize(tmp_path / "original", tmp_path / "packed", RTN)
-    found = of_checkpoint(tmp_path / "original", str(tmp_path / "packed"), "bfloat16", "cpu")
-    assert [variant.name for variant in found] == ["original", "packed", "fused"]
-    assert [len(joined_linears(variant.model)) for variant in found] == [0, 0, 4]
-    rows, missing = speed.measure_speed(found, SIZES, 60)
+    forms = of_checkpoint(tmp_path / "original", str(tmp_path / "packed"), "bfloat16", "cpu")
+    assert [variant.name for variant in forms] == ["original", "packed", "fused"]
+    assert [len(joined_linears(variant.model)) for variant in forms] == [0, 0, 4]
+    rows, missing = speed.measure_speed(forms, SIZES, 60)
     assert len(rows) == 3 * 5
     assert missing == []
     with pytest.raises(llmq.LlmqError, match="packed is packed; the first model must be the original of"):
@@ -190,10 +190,10 @@ def test_turns_alternate_and_end_in_time() -> None:
         return call
 
     groups = [[one("a", 1), one("b", 1)], [one("long", 50)]]
-    found = in_turns(groups, 120, 3, now=lambda: clock[0])
+    timings = in_turns(groups, 120, 3, now=lambda: clock[0])
     assert "".join(order[:4]) == "aabb"
     assert order[4:] == ["long", "long", "b", "a", "a", "b"], "a second turn of the long run would end too late"
-    assert found == [[[1.0] * 3, [1.0] * 3], [[50.0]]]
+    assert timings == [[[1.0] * 3, [1.0] * 3], [[50.0]]]
     assert clock[0] <= 120
     assert in_turns(groups, 0, 3, now=lambda: clock[0]) == [[[], []], [[]]]
 

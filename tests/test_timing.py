@@ -85,16 +85,16 @@ def test_a_graph_goes_through_all_copies_in_turn(
     gpu = FakeGpu(monkeypatch, call_us)
     forgotten: list[torch.device] = []
     monkeypatch.setattr(counters, "forget", forgotten.append)
-    found = timing.time_calls(gpu.calls(8), CUDA, Effort(samples=7))
-    assert found.calls == expected
+    result = timing.time_calls(gpu.calls(8), CUDA, Effort(samples=7))
+    assert result.calls == expected
     assert gpu.captured == [*range(8)] * (expected // 8)
     assert gpu.made == dict.fromkeys(range(8), 1), "a warm-up before the capture"
     assert gpu.replays == 2 + 2 + 7, "estimate and measurement, each after a warm-up"
     assert forgotten == [CUDA]
     # 3 of the last 7 replays take one call's time per call, 4 take twice as much.
-    assert found.us == pytest.approx(2 * call_us)
-    assert found.spread == pytest.approx(0.5)
-    assert found.output.tolist() == [7]
+    assert result.us == pytest.approx(2 * call_us)
+    assert result.spread == pytest.approx(0.5)
+    assert result.output.tolist() == [7]
 
 
 def test_all_copies_are_called_even_above_the_maximum_of_calls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,11 +108,11 @@ def test_on_the_cpu_every_copy_runs_in_every_sample(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(now))
     made = Counter[int]()
     calls = [lambda index=index: made.update([index]) or torch.tensor([index]) for index in range(8)]
-    found = timing.time_calls(calls, CPU, Effort(samples=3))
+    result = timing.time_calls(calls, CPU, Effort(samples=3))
     assert made == {0: 4} | dict.fromkeys(range(1, 8), 3)
-    assert found.us == pytest.approx(2.0)
-    assert found.spread == pytest.approx(1.0)
-    assert found.output.tolist() == [7]
+    assert result.us == pytest.approx(2.0)
+    assert result.spread == pytest.approx(1.0)
+    assert result.output.tolist() == [7]
 
 
 def test_copies_are_eight_or_more_and_exceed_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,10 +200,10 @@ def test_candidates_fit_and_start_with_the_rule(device: Device) -> None:
     assert {(task.weights, task.size) for task in first} == {(("float16", 4, 128), few)}
     assert {task.bits for task in listed} == {4, 8}
     for task in listed:
-        found = tuning.candidates(device, task)
-        assert configure(device, task.dtype, task.group, task.rows, task.n, task.k, bits=task.bits) == found[0]
-        assert len(set(found)) == len(found) > 3
-        for launch in found:
+        launches = tuning.candidates(device, task)
+        assert configure(device, task.dtype, task.group, task.rows, task.n, task.k, bits=task.bits) == launches[0]
+        assert len(set(launches)) == len(launches) > 3
+        for launch in launches:
             assert launch.bm == task.size
             assert -(-task.n // 64) % (launch.bn // 64) == 0
             assert launch.split <= -(-task.k // 128)
@@ -230,19 +230,19 @@ def test_a_saved_table_decides_the_launch(tmp_path: Path) -> None:
         "warps": 8,
         "stages": 5,
     }
-    found = tuning.Sweep([row | {"split": 2, "us": 1.0, "m": 1, "error": 0.0, "tried": 3}])
-    found.discarded["OutOfResources: N"] += 2
+    sweep = tuning.Sweep([row | {"split": 2, "us": 1.0, "m": 1, "error": 0.0, "tried": 3}])
+    sweep.discarded["OutOfResources: N"] += 2
     path = tmp_path / "tuned" / "some-gpu.json"
-    tuning.save(path, device, {"device": "some GPU", "measured": "never"}, found)
+    tuning.save(path, device, {"device": "some GPU", "measured": "never"}, sweep)
     assert [file.name for file in path.parent.iterdir()] == ["some-gpu.json"]
     table = table_of(device, path.parent)
-    assert table == rows_of(found.rows)
+    assert table == rows_of(sweep.rows)
     launch = configure(device, "float16", 128, 1, 4096, 4096, table)
     assert (launch.bn, launch.warps, launch.stages, launch.split) == (64, 8, 5, 2)
     eight = configure(device, "float16", 128, 1, 4096, 4096, table, bits=8)
     assert eight == configure(device, "float16", 128, 1, 4096, 4096, bits=8), "a row of another width is not used"
     assert eight.stages == 3
-    assert tuning.load(path, device).rows == found.rows, "a later sweep continues here"
-    assert tuning.load(path, device).discarded == found.discarded
+    assert tuning.load(path, device).rows == sweep.rows, "a later sweep continues here"
+    assert tuning.load(path, device).discarded == sweep.discarded
     assert tuning.load(path, Device("sm_80", 108)).rows == []
     assert tuning.load(tmp_path / "none.json", device).rows == []

@@ -21,7 +21,17 @@ from functools import cache
 from pathlib import Path
 
 from llmq.bench.kernels.machine_code import DequantCase, MachineCode, MatmulCase
-from llmq.kernels.launch import TUNED, Launch, buckets, form_of, shipped, stages_of, warps_of
+from llmq.kernels.launch import (
+    TUNED,
+    Launch,
+    buckets,
+    form_of,
+    launch_of,
+    rows_of,
+    stages_of,
+    tables_of,
+    warps_of,
+)
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
 # KB of shared memory that one block may have.
@@ -65,9 +75,10 @@ def cases(arch: str) -> Iterator[MatmulCase | DequantCase]:
 
 def tuned_cases(arch: str, folder: Path = TUNED) -> list[MatmulCase]:
     """The launches of the tables of an architecture, each once."""
+    rows = [row for table in tables_of(arch, folder) for row in rows_of(table["rows"])]
     listed = [
-        MatmulCase(arch, SHORT[row.dtype], row.group, symmetric, launch, row.bits)
-        for row, launch in shipped(arch, folder)
+        MatmulCase(arch, SHORT[row.dtype], row.group, symmetric, launch_of(row, form_of(arch, row.dtype)), row.bits)
+        for row in rows
         for symmetric in (True, False)
     ]
     return list(dict.fromkeys(listed))

@@ -1,22 +1,22 @@
 """Device code: int32 words of the runtime layout (`llmq.kernels.layout`) -> code - zero point, in registers.
 
-A word holds pairs of codes, four of 4 bits or two of 8; pair p begins at bits p b and 16 + p b. Codes of a pair are neighbours
-along K, which is how a tensor core's register holds two 16-bit operands: a pair is made in place, for both codes at once, and
-never moves.
+A word holds pairs of codes, four of 4 bits or two of 8; pair p starts at bits p b and 16 + p b, with b the bits of a code. The
+codes of a pair are neighbours along K, as in a tensor core's register, which holds two 16-bit operands: a pair is converted in
+place, both codes at once, and never moves.
 
-Integers become floats without a conversion instruction: 0x6400 | n is the float16 1024 + n, 0x4300 | n the bfloat16
-128 + n, both exact for codes of 4 bits, and so is the difference to 1024 + zero or 128 + zero. Three forms:
+Integers become floats without a conversion instruction: 0x6400 | n is the float16 1024 + n, 0x4300 | n is the bfloat16
+128 + n. Both are exact for 4-bit codes, and so is the difference to 1024 + zero or 128 + zero. There are three forms:
 
-    assembly    NVIDIA. float16 takes the high pairs without a shift: 0x6400 | 16 n = 1024 + 16 n, times 1/16, less 64 + zero.
-                bfloat16 has 7 bits of mantissa, too few for that, and sm_80 no bfloat16 subtraction: a shift and an fma
+    assembly    NVIDIA. float16 uses the high pairs without a shift: 0x6400 | 16 n = 1024 + 16 n, times 1/16, minus 64 + zero.
+                bfloat16 has 7 bits of mantissa, too few for that, and sm_80 has no bfloat16 subtraction: a shift and an fma
     portable    plain integer Triton: AMD and the interpreter, which runs no assembly
     upcast      float32, for bfloat16 in the interpreter, which computes with the bit patterns of bfloat16
 
-Of 8 bits, float16 holds 1024 + n as before. bfloat16 has room for the lower 7 bits: 128 + those, less 128 where the eighth
-is set and less 256 where it is not, which is a flip of one bit of the subtrahend, so n - 128; then plus 128 - zero, made of
-the zero point in the same way. All steps are exact: a bfloat16 holds every integer up to 256.
+For 8 bits, float16 holds 1024 + n as before. bfloat16 has room for the lower 7 bits: 128 + those, minus 128 if the eighth bit
+is set and minus 256 if it is not (one bit of the subtrahend is flipped), which gives n - 128; then plus 128 - zero, made from
+the zero point in the same way. All steps are exact: a bfloat16 represents every integer up to 256.
 
-All give the same integers, so that the form never changes a result.
+All forms give the same integers, so the form never changes a result.
 """
 
 import triton
@@ -36,7 +36,7 @@ _F16 = tl.constexpr(
     mov.b32 {$0,$1}, v0; mov.b32 {$2,$3}, v1; mov.b32 {$4,$5}, v2; mov.b32 {$6,$7}, v3;
     }"""
 )
-# $9 .. $12: the zero points of pairs 0 .. 3, each in both halves.
+# $9 .. $12: the zero points of pairs 0 .. 3, each in both halves of a word.
 _F16_ZERO = tl.constexpr(
     """{
     .reg .b32 s, v<4>, z<4>, half;
@@ -97,7 +97,7 @@ _F16_BYTES = tl.constexpr(
     mov.b32 {$0,$1}, v0; mov.b32 {$2,$3}, v1;
     }"""
 )
-# $5, $6: the zero points of pairs 0 and 1, each in both halves.
+# $5, $6: the zero points of pairs 0 and 1, each in both halves of a word.
 _F16_BYTES_ZERO = tl.constexpr(
     """{
     .reg .b32 s, v<2>, z<2>;
@@ -139,7 +139,7 @@ _BF16_BYTES_ZERO = tl.constexpr(
 
 @triton.jit
 def _bytes(q, z0, z1, DTYPE: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """As `_assembled`, of two pairs of 8 bits: four int16 tensors."""
+    """`_assembled` for two pairs of 8 bits: four int16 tensors."""
     if SYMMETRIC:
         return tl.inline_asm_elementwise(
             asm=_F16_BYTES if DTYPE == tl.float16 else _BF16_BYTES,
@@ -162,7 +162,7 @@ def _bytes(q, z0, z1, DTYPE: tl.constexpr, SYMMETRIC: tl.constexpr):
 
 @triton.jit
 def _assembled(q, z0, z1, z2, z3, DTYPE: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """Eight int16 tensors shaped like q, the bits of floats: the low and the high code of pairs 0 .. 3, less the zero."""
+    """Eight int16 tensors shaped like q, the bits of floats: the low and the high code of pairs 0 .. 3, minus the zero point."""
     if SYMMETRIC:
         return tl.inline_asm_elementwise(
             asm=_F16 if DTYPE == tl.float16 else _BF16,
@@ -202,7 +202,7 @@ def _portable(q, zero, p: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
             return (_joined(low, high) - (1024.0 + MIDDLE)).to(DTYPE)
         else:
             return _joined(low, high) - ((zero & MOST) | 0x6400).to(tl.int16).to(DTYPE, bitcast=True)
-    else:  # in float32, for AMD's want of bfloat16 arithmetic; the difference's upper half is the bfloat16
+    else:  # in float32, since AMD has no bfloat16 arithmetic; the upper half of the difference is the bfloat16
         if BITS == 4:
             both = codes | 0x43004300
             low = (both << 16).to(tl.float32, bitcast=True)
@@ -244,10 +244,10 @@ def _run(
 def pairs(
     q, more, z0, z1, z2, z3, BITS: tl.constexpr, DTYPE: tl.constexpr, SYMMETRIC: tl.constexpr, FORM: tl.constexpr
 ):  # fmt: skip
-    """Words q [N, 16] of one tile -> its four runs of 32 columns, each [N, 32], less the zero point.
+    """Words q [N, 16] of one tile -> its four runs of 32 columns, each [N, 32], minus the zero point.
 
-    more: the words of runs 2 and 3, which are q itself where BITS is 4. z0 .. z3: the runs' zero points, int32 [N, 1],
-    each in both halves; not read when SYMMETRIC. FORM: "assembly", "portable" or "upcast".
+    more: the words of runs 2 and 3; q itself if BITS is 4. z0 .. z3: the runs' zero points, int32 [N, 1], each in both halves
+    of a word; not read if SYMMETRIC. FORM: "assembly", "portable" or "upcast".
     """
     if FORM == "assembly":
         if BITS == 4:
@@ -262,7 +262,7 @@ def pairs(
             _joined(g, h).to(DTYPE, bitcast=True),
         )
     else:
-        LATER: tl.constexpr = 2 if BITS == 4 else 0  # the first pair of `more`, which are the same words of 4 bits
+        LATER: tl.constexpr = 2 if BITS == 4 else 0  # the first pair of `more`, which are the same words for 4 bits
         return (
             _run(q, z0, 0, BITS, DTYPE, SYMMETRIC, FORM),
             _run(q, z1, 1, BITS, DTYPE, SYMMETRIC, FORM),
@@ -273,12 +273,12 @@ def pairs(
 
 @triton.jit
 def beside(left, right):
-    """[N, W] and [N, W] -> [N, 2 W], the one after the other, within a thread's registers."""
+    """[N, W] and [N, W] -> [N, 2 W], concatenated within a thread's registers."""
     return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (left.shape[0], 2 * left.shape[1]))
 
 
 @triton.jit
 def beside4(a, b, c, d):
-    """Four times [N, W] -> [N, 4 W]."""
+    """Four times [N, W] -> [N, 4 W], concatenated."""
     joined = tl.join(tl.join(a, b), tl.join(c, d))
     return tl.reshape(tl.permute(joined, (0, 3, 2, 1)), (a.shape[0], 4 * a.shape[1]))

@@ -1,15 +1,15 @@
-"""Device code: a slab of rows of a weight in the checkpoint's layout -> dense rows, of 2, 3, 4 or 8 bits.
+"""Device code: some rows of a weight in the checkpoint's layout -> dense rows, for 2, 3, 4 or 8 bits.
 
     program (BN rows, 512 columns)
 
-A row is a little-endian stream of codes (`llmq.core.packing`). UNIT codes fill whole words: one word holds 32 / BITS of
-them, three words hold 32 codes of 3 bits, of which the 11th and the 22nd straddle two. A thread takes apart the words of a
-unit in its own registers and has neighbouring columns to write.
+A row is a little-endian stream of codes (`llmq.core.packing`). A unit is the fewest whole words that codes fill: one word has
+32 / BITS codes, three words have 32 codes of 3 bits, of which the 11th and the 22nd straddle two words. A thread unpacks the
+words of a unit in its own registers and then writes neighbouring columns.
 
-(code - zero) * scale is computed in float32, where it is exact, and rounded once to out's dtype: the bits of
+(code - zero) * scale is computed in float32, where it is exact, and rounded once to out's dtype: the same bits as
 `llmq.kernels.slab.dequantize`. Integers become floats without a conversion: 0x4B000000 | n is 2**23 + n in float32, and the
-difference of two of them is exact. Plain Triton: every GPU and the interpreter; writing 2 bytes for each weight is the
-limit, so that assembly would save nothing.
+difference of two of them is exact. This is plain Triton for every GPU and the interpreter: the time is that of writing 2 bytes
+per weight, so assembly would save nothing.
 """
 
 import triton
@@ -20,7 +20,7 @@ ROWS, WARPS = 8, 4
 
 @triton.jit
 def _field(low, following, shift, BITS: tl.constexpr):
-    """BITS bits of the words `low` from bit `shift` on, those beyond the word's end out of the words `following`."""
+    """BITS bits of the words `low` starting at bit `shift`; bits beyond the word's end come from the words `following`."""
     if BITS == 3:
         over = tl.where(shift > 29, 32 - shift, 3)
         first = (low >> shift) & ((1 << over) - 1)
@@ -56,7 +56,7 @@ def wna16_dequant(
     words, scales, zeros, out, first, N, K, width, groups,
     BN: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr,
 ):  # fmt: skip
-    """words [N, width], scales [N, groups], zeros [.., groups], whose row 0 is row `first` of zeros' -> out [N, K].
+    """words [N, width], scales [N, groups], zeros [.., groups] -> out [N, K]. Row 0 is row `first` of the zero points.
 
     GROUP: columns per scale, 0 per channel.
     """

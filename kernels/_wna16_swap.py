@@ -1,32 +1,32 @@
-"""Device code of the kernel for few rows: y^T [N, M] = W [N, K] @ x^T [K, M], weights of 4 or 8 bits as the left operand.
+"""Device code of the kernel for few rows: y^T [N, M] = W [N, K] @ x^T [K, M], with 4- or 8-bit weights as the left operand.
 
     program (block of BN output rows, block of BM rows of x, part of K)
 
-The left operand of Hopper's tensor cores may lie in registers: words go from memory through a ring of STAGES buffers to
-registers, become integers there (`llmq.kernels._unpack`) and are multiplied there; dense weights never exist anywhere else.
-The tensor core multiplies integers; each group's sum is scaled once in float32, which costs a multiplication for each
-output and group in place of one for each weight, and rounds nothing. Per channel (GROUP 0) that is once at the end.
+The left operand of Hopper's tensor cores may be in registers. Words go from memory through a ring of STAGES buffers to
+registers, become integers there (`llmq.kernels._unpack`) and are multiplied there; dense weights exist nowhere else. The
+tensor core multiplies integers; each group's sum is scaled once in float32. That costs one multiplication per output and group
+instead of one per weight, and rounds nothing. Per channel (GROUP 0) it happens once at the end.
 
-From BM 128 (and from 64 in groups of 32 and 64) the scale is multiplied into the weight instead, which is rounded once to
-x's dtype: the weights that the slab path multiplies. It costs half an instruction for each weight, at any BM, and one set
-of sums in place of two, for which there are no registers. So this is the kernel for the middle, too. In numbers, sm_90,
-float16, groups of 128: a block of 128 rows takes 3.8 instructions for each weight, two of 64 take 5.4, while the tensor
-cores need the time of 11 for 128 rows. A kernel with x as the left operand would store dense weights to shared memory first.
+From BM 128 on (from 64 on for groups of 32 and 64) the scale is multiplied into the weight instead, which is rounded once to
+x's dtype: these are the weights that the slab kernel multiplies. It costs half an instruction per weight, at any BM, and needs
+one set of sums instead of two, for which there are no registers. So this kernel also serves a medium number of rows. For sm_90,
+float16, groups of 128: a block of 128 rows takes 3.8 instructions per weight, two blocks of 64 take 5.4, and the tensor cores
+take the time of 11 for 128 rows. A kernel with x as the left operand would first store dense weights to shared memory.
 
-Words of 8 bits come in two blocks a tile, each unpacked like one of 4 bits. sm_90, groups of 128, blocks of 128 x 16: 2.5
-(float16) and 3.0 (bfloat16) instructions a weight, of 8 that there is time for: they are twice the bytes.
+8-bit words come in two blocks per tile, each unpacked like one of 4 bits. sm_90, groups of 128, blocks of 128 x 16: 2.5
+(float16) and 3.0 (bfloat16) instructions per weight, of 8 that there is time for, since there are twice the bytes.
 
-From BM 32 a block's rows beyond M are read as row M - 1 and never written: a mask would cost two instructions for each load.
-Tried and left out: two tiles in a turn of the loop, 2.77 (BM 32) and 3.12 (BM 64) instructions in place of 3.03 and 3.47
-with BN 64, at twice the shared memory, but an odd tile left over waits for memory alone, outside of the ring.
+From BM 32 on, rows of a block beyond M are read as row M - 1 and never written: a mask would cost two instructions per load.
+Tried, left out: two tiles per iteration, 2.77 (BM 32) and 3.12 (BM 64) instructions instead of 3.03 and 3.47 with BN 64, but
+with twice the shared memory, and a last odd tile waits for memory outside the ring.
 
-Split K: every part of K writes its float32 sums to its own place in `partials`, and counts itself in. Who comes last
-adds all parts in their order, so that the result does not depend on who that is, writes y and sets the counter back to zero
-for the next launch: no memory to clear, no second kernel, no atomics on floats, the same bits every time.
+Split K: every part of K writes its float32 sums to its own place in `partials`, then counts its arrival. The last part to
+arrive adds all parts in order, so that the result does not depend on which part that is, writes y and sets the counter back to
+zero for the next launch: no memory to clear, no second kernel, no atomics on floats, the same bits every time.
 
-What the host promises (`llmq.kernels.wna16`): words, scales and zeros as `llmq.kernels.layout` makes them, BN a divisor
-of their rows; x, y and all others 16-byte aligned, x's row stride and K divisible by 16 and below 2**24;
-counters zero; M, N, K >= 1.
+The host (`llmq.kernels.wna16`) guarantees: words, scales and zeros as `llmq.kernels.layout` makes them, BN a divisor of
+their rows; x, y and all others 16-byte aligned; x's row stride and K divisible by 16 and below 2**24; counters zero;
+M, N, K >= 1.
 """
 
 import triton
@@ -37,14 +37,14 @@ from llmq.kernels._unpack import beside, beside4, pairs
 
 @triton.jit
 def _spread(low, high):
-    """Values of rows r and r + 8 of every 16, each [N / 16, 8] -> [N]. A tensor core's thread has both: nothing moves."""
+    """Values of rows r and r + 8 of every 16, each [N / 16, 8] -> [N]. A tensor-core thread holds both: nothing moves."""
     both = tl.permute(tl.join(low, high), (0, 2, 1))  # [N / 16, 2, 8]
     return tl.reshape(both, (16 * both.shape[0],))
 
 
 @triton.jit
 def _meta(scales, zeros, SYMMETRIC: tl.constexpr, SCALE: tl.constexpr):
-    """One group's scales, float32 [N], and zero points, int32 [N, 1] with one in both halves (0 when symmetric)."""
+    """One group's scales, float32 [N], and zero points, int32 [N, 1] with one in both halves of a word (0 if symmetric)."""
     words = tl.load(scales)
     low = (words & 0xFFFF).to(tl.int16).to(SCALE, bitcast=True)
     high = ((words >> 16) & 0xFFFF).to(tl.int16).to(SCALE, bitcast=True)
@@ -69,7 +69,7 @@ def _times(w, s, DTYPE: tl.constexpr, SCALE: tl.constexpr, FORM: tl.constexpr):
 
 @triton.jit
 def _inputs(pointers, rows_ok, left, RAGGED: tl.constexpr, FORM: tl.constexpr, CLAMP: tl.constexpr):
-    """A run of x^T [k, BM]. left: bool [k, 1], which columns exist, where RAGGED. CLAMP: all rows do."""
+    """A run of x^T [k, BM]. left: bool [k, 1], the columns that exist, if RAGGED. CLAMP: all rows exist."""
     if CLAMP:
         if RAGGED:
             x = tl.load(pointers, mask=left, other=0.0)
@@ -91,7 +91,7 @@ def _write(acc, bias, y, n, m, N, M, BIAS: tl.constexpr):
 
 @triton.jit
 def _metas(scales, zeros, tile, padded, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, SCALE: tl.constexpr):
-    """The scales and zero points of a tile's four runs of 32 columns. padded: a group's words."""
+    """The scales and zero points of a tile's four runs of 32 columns. padded: words of a group."""
     group = (tile // (GROUP // 128) if GROUP >= 128 else tile * (128 // GROUP)) * padded
     s0, z0 = _meta(scales + group, zeros + group, SYMMETRIC, SCALE)
     s1, z1, s2, z2, s3, z3 = s0, z0, s0, z0, s0, z0
@@ -114,7 +114,7 @@ def _turn(
     BITS: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr, SYMMETRIC: tl.constexpr, RAGGED: tl.constexpr,
     SCALE: tl.constexpr, DTYPE: tl.constexpr, FORM: tl.constexpr, CLAMP: tl.constexpr,
 ):  # fmt: skip
-    """acc plus the product of a tile's words (q and more, [BN, 16]) and x [columns, BM]. left: the columns from here on."""
+    """acc plus the product of a tile's words (q and more, [BN, 16]) and x [columns, BM]. left: columns from here to the end."""
     s0, z0, s1, z1, s2, z2, s3, z3 = _metas(scales, zeros, tile, padded, GROUP, SYMMETRIC, SCALE)
     x0 = _inputs(x, rows_ok, k < left, RAGGED, FORM, CLAMP)
     if FOLD or GROUP >= 128:
@@ -145,11 +145,11 @@ def _turn(
 @triton.jit
 def _together(acc, bias, y, partials, counters, n, m, N, M, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
               BIAS: tl.constexpr):  # fmt: skip
-    """Write this part's sums; the last part to come adds all of them in their order and writes y."""
+    """Write the sums of this part. The last part to arrive adds all parts in order and writes y."""
     block = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     at = partials + block.to(tl.int64) * (SPLIT * BN * BM) + tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
     tl.store(at + tl.program_id(2) * (BN * BM), acc)
-    tl.debug_barrier()  # the sums of all threads are written before the one that counts says so
+    tl.debug_barrier()  # all threads have written their sums before one thread counts the arrival
     arrived = tl.atomic_add(counters + block, 1, sem="acq_rel")
     if arrived == SPLIT - 1:
         total = tl.zeros((BN, BM), tl.float32)
@@ -167,10 +167,10 @@ def wna16_swap(
     GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, BIAS: tl.constexpr, RAGGED: tl.constexpr, SCALE: tl.constexpr,
     FORM: tl.constexpr,
 ):  # fmt: skip
-    """x [M, K] with rows `stride` apart, words [N / 64, tiles, 16 BITS, 16], scales and zeros [groups, N / 2] -> y [M, N]."""
+    """x [M, K] with row stride `stride`, words [N / 64, tiles, 16 BITS, 16], scales and zeros [groups, N / 2] -> y [M, N]."""
     DTYPE: tl.constexpr = x.dtype.element_ty
     FOLD: tl.constexpr = GROUP > 0 and (BM >= 128 or (BM >= 64 and GROUP < 128))
-    RUN: tl.constexpr = GROUP if (GROUP == 32 or GROUP == 64) and not FOLD else 128  # columns that one product takes
+    RUN: tl.constexpr = GROUP if (GROUP == 32 or GROUP == 64) and not FOLD else 128  # columns of one product
     block_n, block_m = tl.program_id(0), tl.program_id(1)
     per = tl.cdiv(tiles, SPLIT)
     first = tl.program_id(2) * per
@@ -181,7 +181,7 @@ def wna16_swap(
     words += ((block_n * (BN // 64)).to(tl.int64) * tiles + first) * TILE
     if BN == 64:
         words_at = words + rows[:, None] * 16 + word
-    else:  # row tiles lie `tiles` tiles apart
+    else:  # row tiles are `tiles` tiles apart
         words_at = words + (rows // 64 * TILE)[:, None] * tiles + (rows % 64 * 16)[:, None] + word
     down = tl.minimum(tl.arange(0, BM), M - 1 - block_m * BM) if BM >= 32 else tl.arange(0, BM)
     x += (block_m * BM).to(tl.int64) * stride + first * 128

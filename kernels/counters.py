@@ -1,23 +1,27 @@
-"""Zeros that the parts of a split K count themselves in with, on each device: for launches on streams and in CUDA graphs.
+"""Arrival counters for the split-K reduction, on each device: for launches on streams and in CUDA graphs.
 
-Every launch leaves its counters at zero. Launches on one stream follow each other, so each stream has one array. A launch
-that is captured in a CUDA graph takes counters of its own from a slab that was cleared beforehand, so that graphs may be
-replayed beside each other. Left out: giving counters back one graph at a time; `forget` gives back all of them.
+Every launch leaves its counters at zero. Launches on one stream run one after the other, so each stream has one array. A
+launch that is captured in a CUDA graph takes its own counters from a slab that was zeroed beforehand, so that graphs can be
+replayed at the same time. Several threads may take counters. Counters are never freed automatically: after destroying the
+last graph of a device, call `forget`. Left out: freeing the counters of a single graph.
 """
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
-SLAB_COUNTERS = 1 << 20  # 4 MB: a graph of an 8B model's decode step takes 21,504, if nothing was tuned
-LEAST = 4096
+SLAB_COUNTERS = 1 << 20  # 4 MB; a graph of an 8B model's decode step takes 21,504 with untuned launches
+MIN_COUNTERS = 4096
 
 
 class _Counters:
-    """Of one device: an array for each stream, and a slab that captured launches share out."""
+    """The counters of one device: an array for each stream, and a slab that captured launches divide among themselves."""
 
     def __init__(self) -> None:
+        self.lock = threading.Lock()
         self.streams: dict[int, Tensor] = {}
         self.slab: Tensor | None = None
         self.taken = 0
@@ -27,37 +31,43 @@ _COUNTERS: dict[torch.device, _Counters] = {}
 
 
 def reserve(device: torch.device) -> None:
-    """The slab of a device, before any capture."""
-    held = _COUNTERS.setdefault(device, _Counters())
-    if held.slab is None and not torch.cuda.is_current_stream_capturing():
-        held.slab = torch.zeros(SLAB_COUNTERS, dtype=torch.int32, device=device)
+    """Allocate the slab of a device. Must be called before any capture."""
+    state = _COUNTERS.setdefault(device, _Counters())
+    with state.lock:
+        if state.slab is None and not torch.cuda.is_current_stream_capturing():
+            state.slab = torch.zeros(SLAB_COUNTERS, dtype=torch.int32, device=device)
 
 
 def zeros(device: torch.device, count: int) -> Tensor:
-    """int32 zeros [count or more] that no launch has that could run at the same time."""
-    held = _COUNTERS.setdefault(device, _Counters())
+    """int32 zeros [at least count] that no launch uses that could run at the same time."""
+    state = _COUNTERS.setdefault(device, _Counters())
     stream = 0
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
-            return _captured(held, device, count)
+            return _captured(state, device, count)
         stream = torch.cuda.current_stream(device).cuda_stream
-    found = held.streams.get(stream)
-    if found is None or found.numel() < count:
-        found = held.streams[stream] = torch.zeros(max(count, LEAST), dtype=torch.int32, device=device)
-    return found
+    array = state.streams.get(stream)
+    if array is None or array.numel() < count:
+        array = state.streams[stream] = torch.zeros(max(count, MIN_COUNTERS), dtype=torch.int32, device=device)
+    return array
 
 
 def forget(device: torch.device) -> None:
-    """Give back what graphs took. Only where none of the graphs captured so far on the device is replayed again."""
-    held = _COUNTERS.get(device)
-    if held is not None:
-        held.taken = 0
+    """Make the counters of all captured graphs available again. Only valid if no graph captured so far on the device is replayed
+    again.
+    """
+    state = _COUNTERS.get(device)
+    if state is not None:
+        with state.lock:
+            state.taken = 0
 
 
-def _captured(held: _Counters, device: torch.device, count: int) -> Tensor:
-    """Counters that no other launch has. Cleared inside the graph where the slab is used up: right, but one more node."""
-    size = -(-count // 4) * 4  # the next one begins at 16 bytes again
-    if held.slab is None or held.taken + size > held.slab.numel():
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    held.taken += size
-    return held.slab[held.taken - size : held.taken]
+def _captured(state: _Counters, device: torch.device, count: int) -> Tensor:
+    """Counters that no other launch uses. Without room in the slab they are zeroed inside the graph: correct, one more node."""
+    size = -(-count // 4) * 4  # keeps every slice aligned to 16 bytes
+    with state.lock:
+        start = state.taken
+        if state.slab is not None and start + size <= state.slab.numel():
+            state.taken = start + size
+            return state.slab[start : start + size]
+    return torch.zeros(count, dtype=torch.int32, device=device)

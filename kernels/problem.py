@@ -1,13 +1,8 @@
-"""What a kernel is asked to do and what it is given, as values, and what a kernel is.
-
-A kernel is a module with the members of `Kernel`. It sees the tensors of one weight in the checkpoint's layout and may
-make its own layout of them once (`prepare`); it knows nothing of models or files.
-"""
+"""The input of a kernel, as values: the matmul to run (`Problem`) and the tensors of one weight (`Packed`)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,66 +10,53 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Problem:
-    """A packed matmul y [M, N] = x [M, K] @ W^T, without data. M is not part of it: see `Kernel.most_rows`.
+    """A packed matmul y [M, N] = x [M, K] @ W^T: everything that decides which kernel runs it, except M."""
 
-    rows, columns: N and K. group_size: columns per scale (K per channel). scale_dtype: of the stored scales.
-    dtype: of x and y. device: its type (`cpu`, `cuda`, ...).
-    streamed: whether the weight is brought in for each call (offloading), so that nothing made of it may be kept.
-    """
-
-    rows: int
-    columns: int
+    out_features: int
+    """N."""
+    in_features: int
+    """K."""
     bits: int
+    """Bits of one weight code."""
     group_size: int
+    """Columns that share one scale; K for one scale per channel."""
     symmetric: bool
+    """True if the weight has no zero points."""
     scale_dtype: torch.dtype
+    """The dtype of the stored scales."""
     dtype: torch.dtype
+    """The dtype of x and y."""
     device: str
-    streamed: bool = False
+    """The device type: `cpu`, `cuda`, ..."""
+    offloaded: bool = False
+    """True if the weight is loaded for each call (accelerate's offloading), so that no layout made of it may be kept."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """The tensors of one weight W ~ (code - zero) * scale as they are stored, on one device.
+    """The stored tensors of one weight W ~ (code - zero) * scale, all on one device.
 
-    weight: int32 [N, ceil(K * bits / 32)], codes along K, low bits first. scale: [N, K / group_size].
-    zero: int32 [ceil(N * bits / 32), K / group_size], codes along N; None when symmetric, where it is 2**(bits - 1).
-    parts: the weights as they are stored whose rows these are, where they were put together for this (`llmq.serving.fused`).
+    This is the layout of compressed-tensors' `pack-quantized`. The slab and reference kernels run it as it is.
     """
 
-    rows: int
-    columns: int
+    out_features: int
+    """N."""
+    in_features: int
+    """K."""
     bits: int
+    """Bits of one weight code."""
     group_size: int
+    """Columns that share one scale; K for one scale per channel."""
     weight: Tensor
+    """int32 [N, ceil(K * bits / 32)]: codes packed along K, lowest bits first."""
     scale: Tensor
+    """Floating [N, K / group_size]."""
     zero: Tensor | None
+    """int32 [ceil(N * bits / 32), K / group_size]: zero points packed along N. None if symmetric: then 2**(bits - 1)."""
     parts: tuple[Packed, ...] = ()
+    """The stored weights that were concatenated along N to make this one (`llmq.serving.fused`); empty otherwise."""
 
     @property
     def middle(self) -> int:
         """The zero point of a symmetric weight."""
         return 1 << (self.bits - 1)
-
-
-class Kernel(Protocol):
-    """One way to run a packed matmul. Members of a module, in the place of a class."""
-
-    NAME: str
-    JOINS: bool
-    """Whether it makes a layout of its own, so that linears of one input gain by being run as one weight."""
-
-    def refusal(self, problem: Problem) -> str | None:
-        """Why this kernel does not take a problem (what follows its name in a sentence); None where it does."""
-
-    def most_rows(self, problem: Problem) -> int | None:
-        """The largest M for which this kernel is the right one, by measurement; None for any."""
-
-    def launch_of(self, problem: Problem, rows: int, device: torch.device) -> str | None:
-        """The configuration that M = `rows` is launched with on a device, in words; None where there is none to choose."""
-
-    def prepare(self, packed: Packed) -> Any:
-        """The runtime layout: what `run` needs. Made once for a weight; exact."""
-
-    def run(self, x: Tensor, runtime: Any, bias: Tensor | None = None) -> Tensor:
-        """x [M, K], M >= 0; bias [N] in x's dtype -> y [M, N] in x's dtype. Differentiable in x and bias."""

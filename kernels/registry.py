@@ -1,79 +1,83 @@
-"""Which kernel runs a packed matmul, and why not the others.
+"""The registry of kernels, and the choice among them.
 
-A kernel is a module with the members of `llmq.kernels.problem.Kernel`; adding one is a file and an entry in `KERNELS`,
-whose order is that of preference. What decides: whether a kernel takes the problem at all, then the number of rows of x.
+The order of `KERNELS` is the order of preference. A kernel is chosen if it takes the problem and M is within its
+`max_rows`. To add a kernel, write one file that ends with `KERNEL = Kernel(...)` and add one entry here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmq.errors import LlmqError
 from llmq.kernels import cpu_int4, reference, slab, wna16
-from llmq.kernels.problem import Kernel, Problem
+from llmq.kernels.kernel import Kernel
+from llmq.kernels.problem import Problem
 
-KERNELS: tuple[Kernel, ...] = (cpu_int4, wna16, slab, reference)
+KERNELS: tuple[Kernel, ...] = (cpu_int4.KERNEL, wna16.KERNEL, slab.KERNEL, reference.KERNEL)
 
 
 @dataclass(frozen=True)
-class Step:
-    """A kernel and the largest M for which it runs; None for any."""
+class KernelRange:
+    """A kernel and the M that it runs."""
 
-    most_rows: int | None
+    max_rows: int | None
+    """The largest M; None for any."""
     kernel: Kernel
 
 
 @dataclass(frozen=True)
 class Choice:
-    """kernel: what runs. refused: (name, reason) of every other kernel."""
+    """The kernel chosen for a problem and an M."""
 
     kernel: Kernel
     refused: tuple[tuple[str, str], ...]
+    """(name, reason) of every other kernel, in order of preference."""
 
 
-def steps(problem: Problem, forced: str | None = None) -> tuple[Step, ...]:
-    """The kernels that take turns as M grows, the last one without a limit.
+def kernel_ranges(
+    problem: Problem, forced: str | None = None, kernels: Sequence[Kernel] = KERNELS
+) -> tuple[KernelRange, ...]:
+    """The kernels that run a problem, by growing M; the last one has no limit.
 
-    forced: the name of the only kernel to use; `LlmqError` where it refuses the problem, with every kernel's reason.
+    forced: the name of the only kernel to use. Raises `LlmqError` with every kernel's reason if it refuses the problem.
+    kernels: the candidates in order of preference; the last one must take every problem.
     """
     if forced is not None:
-        return (Step(None, _forced(problem, forced)),)
-    found: list[Step] = []
-    for kernel in KERNELS:
+        return (KernelRange(None, _forced(problem, forced, kernels)),)
+    ranges: list[KernelRange] = []
+    for kernel in kernels:
         if kernel.refusal(problem) is None:
-            found.append(Step(kernel.most_rows(problem), kernel))
-            if found[-1].most_rows is None:
+            ranges.append(KernelRange(kernel.max_rows(problem), kernel))
+            if ranges[-1].max_rows is None:
                 break
-    return tuple(found)
+    return tuple(ranges)
 
 
-def choose(problem: Problem, rows: int, forced: str | None = None) -> Choice:
-    """The kernel for M = `rows`, and why it is none of the others. forced: as in `steps`."""
-    ladder = steps(problem, forced)
-    chosen = next(step.kernel for step in ladder if step.most_rows is None or rows <= step.most_rows)
+def choose(problem: Problem, rows: int, forced: str | None = None, kernels: Sequence[Kernel] = KERNELS) -> Choice:
+    """The kernel for M = `rows`, and the reason against each of the others. forced, kernels: as in `kernel_ranges`."""
+    ranges = kernel_ranges(problem, forced, kernels)
+    chosen = next(entry.kernel for entry in ranges if entry.max_rows is None or rows <= entry.max_rows)
     refused: list[tuple[str, str]] = []
     passed = False
-    for kernel in KERNELS:
+    for kernel in kernels:
         passed = passed or kernel is chosen
         if kernel is chosen:
             continue
         reason = kernel.refusal(problem)
         if reason is None and forced is not None:
-            reason = f"was not asked for, {forced} was"
+            reason = f"is not used because {forced} is forced"
         if reason is None and not passed:
-            reason = f"is for up to {kernel.most_rows(problem)} rows"
-        refused.append((kernel.NAME, reason or f"comes after {chosen.NAME}"))
+            reason = f"runs at most {kernel.max_rows(problem)} rows"
+        refused.append((kernel.name, reason or f"comes after {chosen.name}"))
     return Choice(chosen, tuple(refused))
 
 
-def _forced(problem: Problem, name: str) -> Kernel:
-    for kernel in KERNELS:
-        if name == kernel.NAME:
-            break
-    else:
-        raise LlmqError(f"kernel must be one of {', '.join(kernel.NAME for kernel in KERNELS)}; got {name!r}")
-    if kernel.refusal(problem) is None:
-        return kernel
-    told = [(other.NAME, other.refusal(problem) or "takes it") for other in KERNELS]
-    why = "; ".join(f"{other} {reason}" for other, reason in told)
-    raise LlmqError(f"the kernel {name} cannot run this layer: {why}")
+def _forced(problem: Problem, name: str, kernels: Sequence[Kernel]) -> Kernel:
+    by_name = {kernel.name: kernel for kernel in kernels}
+    if name not in by_name:
+        raise LlmqError(f"kernel must be one of {', '.join(by_name)}; got {name!r}")
+    if by_name[name].refusal(problem) is None:
+        return by_name[name]
+    reasons = "; ".join(f"{kernel.name} {kernel.refusal(problem) or 'can run it'}" for kernel in kernels)
+    raise LlmqError(f"the kernel {name} cannot run this layer: {reasons}")

@@ -1,10 +1,10 @@
-"""Compile the GPU kernels for every architecture without a GPU, and fail where the machine code is not what was designed.
+"""Compile the GPU kernels for every architecture without a GPU, and fail if the machine code exceeds its limits.
 
     python scripts/check_kernels.py [--arch sm_90 --arch gfx942] [--quick] [--jobs 2] [--json FILE] [--write]
 
-One table: a row for each compiled launch, with the gates that it failed. All of them take a core ten minutes,
-`--quick` one. Needs triton and rich, nothing else of llmq's dependencies. Never under TRITON_INTERPRET:
-nothing is compiled there.
+Prints a table with a row for each compiled launch and the limits that it exceeds (`llmq/bench/kernels/limits.py`). All
+launches take a core ten minutes, `--quick` takes one. Needs only triton and rich. Does not run under TRITON_INTERPRET, where
+nothing is compiled.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rich.console import Console
 from rich.table import Table
 
-from llmq.bench.kernels.gates import ARCHITECTURES, cases, failures, few_cases, ratchet
-from llmq.bench.kernels.machine_code import Case, Report, Unpacking, read
+from llmq.bench.kernels.limits import ARCHITECTURES, cases, failures, few_cases, lower_limits
+from llmq.bench.kernels.machine_code import DequantCase, MachineCode, MatmulCase, read
 
-Row = tuple[Case | Unpacking, Report, list[str]]
+Checked = tuple[MatmulCase | DequantCase, MachineCode, list[str]]
+"""A case, its machine code, and the limits that it exceeds."""
 
 
-def _checked(case: Case | Unpacking) -> Row:
-    report = read(case)
-    return case, report, failures(case, report, _version())
+def _checked(case: MatmulCase | DequantCase) -> Checked:
+    code = read(case)
+    return case, code, failures(case, code, _version())
 
 
 def _version() -> str:
@@ -42,38 +43,38 @@ def _version() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="only this one (can be repeated)")
-    parser.add_argument("--quick", action="store_true", help="only what CI has time for")
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--json", type=Path, help="write the rows here too")
-    parser.add_argument("--write", action="store_true", help="lower the limits to what is reached now, add new ones")
-    asked = parser.parse_args()
+    parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="only this architecture; repeatable")
+    parser.add_argument("--quick", action="store_true", help="the launches that CI has time for")
+    parser.add_argument("--jobs", type=int, default=1, help="number of processes")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--write", action="store_true", help="lower limits to the current results, add missing ones")
+    options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
-        print("check_kernels compiles, and nothing is compiled under TRITON_INTERPRET=1: unset it", file=sys.stderr)
+        print("nothing is compiled under TRITON_INTERPRET=1; unset it", file=sys.stderr)
         return 2
-    if asked.jobs < 1:
-        parser.error(f"--jobs must be 1 or more; got {asked.jobs}")
+    if options.jobs < 1:
+        parser.error(f"--jobs must be at least 1; got {options.jobs}")
     if importlib.util.find_spec("triton") is None:
-        print("check_kernels compiles with triton, which is not installed: pip install triton", file=sys.stderr)
+        print("check_kernels requires triton, which is not installed: pip install triton", file=sys.stderr)
         return 2
-    if asked.json:
+    if options.json:
         try:
-            asked.json.touch()
+            options.json.touch()
         except OSError as error:
-            parser.error(f"--json {asked.json} cannot be written: {error.strerror}")
-    listed = [case for arch in asked.arch or ARCHITECTURES for case in (few_cases if asked.quick else cases)(arch)]
-    with ProcessPoolExecutor(asked.jobs) as pool:
+            parser.error(f"--json {options.json} is not writable: {error.strerror}")
+    listed = [case for arch in options.arch or ARCHITECTURES for case in (few_cases if options.quick else cases)(arch)]
+    with ProcessPoolExecutor(options.jobs) as pool:
         rows = list(pool.map(_checked, listed))
-    if asked.write:
-        ratchet([(case, report) for case, report, _ in rows], _version())
+    if options.write:
+        lower_limits([(case, code) for case, code, _ in rows], _version())
     _show(rows)
-    if asked.json:
-        done = [asdict(case) | asdict(report) | {"failed": failed} for case, report, failed in rows]
-        asked.json.write_text(json.dumps(done, indent=1))
+    if options.json:
+        done = [asdict(case) | asdict(code) | {"failed": failed} for case, code, failed in rows]
+        options.json.write_text(json.dumps(done, indent=1))
     return int(any(failed for _, _, failed in rows))
 
 
-def _show(rows: list[Row]) -> None:
+def _show(rows: list[Checked]) -> None:
     table = Table(title=f"machine code, triton {_version()}")
     for name in (
         "arch",
@@ -90,22 +91,22 @@ def _show(rows: list[Row]) -> None:
         "fails",
     ):
         table.add_column(name, justify="left" if name in ("arch", "dtype", "launch", "product", "fails") else "right")
-    for case, report, failed in rows:
+    for case, code, failed in rows:
         table.add_row(
             case.arch,
             case.dtype,
             str(case.bits),
             str(case.group or "channel"),
             "" if case.symmetric else "yes",
-            str(case.launch) if isinstance(case, Case) else "dequantize",
-            str(report.registers),
-            str(report.stack),
-            str(report.shared),
-            report.product,
-            f"{report.per_weight:.2f}",
+            str(case.launch) if isinstance(case, MatmulCase) else "dequantize",
+            str(code.registers),
+            str(code.stack),
+            str(code.shared),
+            code.product,
+            f"{code.per_weight:.2f}",
             "; ".join(failed) or "-",
         )
-    # A pipe is not a terminal of 80 columns.
+    # Without a terminal rich would use 80 columns.
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     bad = sum(bool(failed) for _, _, failed in rows)
     print(f"{len(rows)} launches compiled, {bad} fail")

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import typer
+
+from llmq.bench.kernels import options
 from llmq.bench.kernels.plots import plot_record, records
-from llmq.errors import LlmqError
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path, help="of kernels-*.json; the PNGs are put beside them")
-    folder = parser.parse_args().folder
-    try:
-        for record in records(folder):
-            for made in plot_record(record, folder):
-                print(f"written: {made}")
-    except LlmqError as error:
-        print(error, file=sys.stderr)
-        return 2
+def main(
+    folder: Annotated[Path, typer.Argument(help="Folder of kernels-*.json; the PNGs are written beside them.")],
+) -> int:
+    """Draw the records of scripts/bench_kernels.py in a folder."""
+    for record in records(folder):
+        for figure in plot_record(record, folder):
+            print(f"written: {figure}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    options.run(main)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +17,9 @@ import llmq
 from llmq.core.grid import Grid, checked_scale, fit, grouped, quantize
 from llmq.core.packing import pack
 from llmq.core.quantized import QuantizedWeight
+from llmq.kernels.kernel import Kernel, Run
 from llmq.kernels.problem import Packed
+from llmq.kernels.registry import KERNELS
 from tests.tiny import VOCAB, tiny_model
 
 BF16 = torch.bfloat16
@@ -76,10 +80,15 @@ def rows(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.randn(*shape, K, generator=torch.Generator().manual_seed(2)).to(dtype)
 
 
+def with_run(run_of: Callable[[Kernel], Run]) -> tuple[Kernel, ...]:
+    """The registry's kernels, each with `run_of(kernel)` as its `run`."""
+    return tuple(replace(kernel, run=run_of(kernel)) for kernel in KERNELS)
+
+
 def drawn(
     rows: int, columns: int, size: int, symmetric: bool, dtype: torch.dtype, seed: int = 0, bits: int = 4
 ) -> Packed:
-    """A weight whose every stored bit is drawn: scales of any sign, zero points and codes from 0 to the largest."""
+    """A weight with every stored bit random: scales of both signs, zero points and codes from 0 to the largest."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
     scale = torch.randn(rows, columns // size, generator=generator).to(dtype)

@@ -1,8 +1,8 @@
-"""The few-rows kernel in Triton's interpreter, against float64. Run by `test_wna16.py` in a process of its own.
+"""The few-rows kernel in Triton's interpreter, compared with float64. Run by `test_wna16.py` in its own process.
 
-float16 takes the portable unpacking that GPUs without PTX take. bfloat16 goes through the `upcast` form: the interpreter
-computes with the bit patterns of bfloat16, and cuts off where a GPU rounds. Assembly, bfloat16 arithmetic and two programs
-that count themselves in at once can be seen on a GPU alone; `test_assembly.py` executes the assembly's text.
+float16 uses the portable unpacking that GPUs without PTX use. bfloat16 uses the `upcast` form: the interpreter computes with
+the bit patterns of bfloat16, and truncates where a GPU rounds. Assembly, bfloat16 arithmetic and two programs that count
+their arrival at the same time run on a GPU only (`test_gpu.py`); `test_assembly.py` executes the assembly's text.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ SHAPES = [  # M, N, K, group
 
 
 @pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)  # fills fresh memory, y and partial sums among it, with NaN
+def _nan_in_fresh_memory() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN, y and partial sums included
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -55,11 +55,11 @@ def inputs(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def assert_right(y: Tensor, x: Tensor, packed: Packed, bias: Tensor | None = None) -> None:
-    """Within one rounding of y, and of float32 sums in the order of the kernel, of the reference in float64."""
+    """Equal to the reference in float64 up to one rounding of y and the kernel's order of float32 sums."""
     weight = reference.dequantize(packed, torch.float64)
     want = reference.run(x.double(), packed, None if bias is None else bias.double(), torch.float64)
     size = x.double().abs() @ weight.abs().T + (0 if bias is None else bias.double().abs())
-    # Below, steps are those of denormals: float16 rounds to them, bfloat16 may lose them.
+    # Near zero the error is that of denormals: float16 rounds to them, bfloat16 may lose them.
     tiny = torch.finfo(y.dtype).smallest_normal * (2**-10 if y.dtype == F16 else 1)
     assert bool(((y.double() - want).abs() <= want.abs() * ROUNDING[y.dtype] + size * 2**-20 + tiny).all())
 
@@ -72,15 +72,15 @@ def test_any_shape_equals_the_reference(bits: int, shape: tuple[int, ...], dtype
     rows, out, columns, size = shape
     packed = drawn(out, columns, size, symmetric, dtype, bits=bits)
     packed.scale[0, 0] = 0
-    # float16's denormals are normal float32 numbers; bfloat16's are not, are flushed on GPUs, and `grid` stores none.
+    # float16's denormals are normal float32 numbers. bfloat16's are not, are flushed on GPUs, and `grid` stores none.
     packed.scale[-1, -1] = torch.finfo(dtype).smallest_normal / (4 if dtype == F16 else 1)
     tiled = wna16.prepare(packed)
     x, bias = inputs(rows, columns, dtype), inputs(1, out, dtype)[0]
     for split, with_bias in itertools.product((1, 2, 3), (False, True)) if bits == 4 else ((1, False), (3, True)):
-        kept = bias if with_bias else None
-        y = wna16.multiply(x, tiled, kept, launch(rows, dtype, split))
-        assert_right(y, x, packed, kept)
-        assert torch.equal(y, wna16.multiply(x, tiled, kept, launch(rows, dtype, split))), "counters are left at zero"
+        added = bias if with_bias else None
+        y = wna16.multiply(x, tiled, added, launch(rows, dtype, split))
+        assert_right(y, x, packed, added)
+        assert torch.equal(y, wna16.multiply(x, tiled, added, launch(rows, dtype, split))), "counters are zero again"
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
@@ -112,7 +112,7 @@ def test_every_code_and_zero_point_is_exact(bits: int, size: int, symmetric: boo
     ids=str,
 )
 @pytest.mark.parametrize("bits", layout.BITS)
-def test_large_blocks_multiply_the_weights_of_the_slab_path(
+def test_large_blocks_use_the_weights_of_the_slab_kernel(
     bits: int, shape: tuple[int, ...], scales: torch.dtype, dtype: torch.dtype, symmetric: bool
 ) -> None:
     rows, out, columns, size, bm = shape
@@ -121,7 +121,7 @@ def test_large_blocks_multiply_the_weights_of_the_slab_path(
     x, bias = inputs(rows, columns, dtype), inputs(1, out, dtype)[0]
     tiled = wna16.prepare(packed)
     folded = size < columns
-    exact = folded and FORMS[dtype] == "portable"  # elsewhere scales multiply float32 sums, or float32 weights
+    exact = folded and FORMS[dtype] == "portable"  # otherwise scales multiply float32 sums or float32 weights
     weight = slab.dequantize(packed, slab.zero_points(packed), 0, out, dtype if exact else torch.float32).double()
     want = x.double() @ weight.T + bias.double()
     size_of = x.double().abs() @ weight.abs().T + bias.double().abs()
@@ -136,14 +136,14 @@ def _unpacked(words, zeros, out, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
     rows = tl.arange(0, 64)[:, None]
     at = words + rows * 16 + tl.arange(0, 16)[None, :]
     q, more, z = tl.load(at), tl.load(at + (0 if BITS == 4 else 1024)), tl.load(zeros + rows)
-    found = beside4(*pairs(q, more, z, z, z, z, BITS, tl.bfloat16, SYMMETRIC, "portable"))
-    tl.store(out + rows * 128 + tl.arange(0, 128)[None, :], found.to(tl.int16, bitcast=True))
+    codes = beside4(*pairs(q, more, z, z, z, z, BITS, tl.bfloat16, SYMMETRIC, "portable"))
+    tl.store(out + rows * 128 + tl.arange(0, 128)[None, :], codes.to(tl.int16, bitcast=True))
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("bits", layout.BITS)
-def test_bfloat16_is_unpacked_without_its_arithmetic(bits: int, symmetric: bool) -> None:
-    """What AMD runs: the bits are right even where bfloat16 cannot be added."""
+def test_bfloat16_is_unpacked_without_bfloat16_arithmetic(bits: int, symmetric: bool) -> None:
+    """What AMD runs: exact even where bfloat16 cannot be added."""
     packed = drawn(64, 128, 128, False, BF16, bits=bits)
     points = reference.unpack(packed.zero.T, bits, 64).T.to(torch.int32)  # type: ignore[union-attr]
     out = torch.empty(64, 128, dtype=torch.int16)
@@ -153,15 +153,37 @@ def test_bfloat16_is_unpacked_without_its_arithmetic(bits: int, symmetric: bool)
 
 
 @pytest.mark.parametrize("bits", layout.BITS)
-def test_the_wide_block_gives_the_same_bits(bits: int) -> None:
+def test_wide_blocks_are_bit_equal(bits: int) -> None:
     packed, x = drawn(256, 384, 128, False, F16, bits=bits), inputs(5, 384, F16)
     tiled = wna16.prepare(packed)
     assert torch.equal(
         wna16.multiply(x, tiled, None, launch(5, F16, 2, 64)), wna16.multiply(x, tiled, None, launch(5, F16, 2, 128))
     )
     odd = wna16.prepare(drawn(192, 128, 128, True, F16))
-    with pytest.raises(LlmqError, match="bn must divide the padded rows 192; got 128: use 64"):
+    with pytest.raises(LlmqError, match="bn must divide the padded out_features 192; got 128; use 64"):
         wna16.multiply(inputs(1, 128, F16), odd, None, launch(1, F16, 1, 128))
+
+
+@pytest.mark.parametrize("default", [F16, BF16, torch.float64], ids=str)
+def test_split_k_does_not_use_the_default_dtype(default: torch.dtype) -> None:
+    packed, x = drawn(70, 640, 128, False, F16), inputs(3, 640, F16)
+    tiled, configuration = wna16.prepare(packed), launch(3, F16, split=2)
+    expected = wna16.multiply(x, tiled, None, configuration)
+    torch.set_default_dtype(default)
+    try:
+        got = wna16.multiply(x, tiled, None, configuration)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, expected)
+
+
+def test_the_launcher_can_be_replaced() -> None:
+    tiled, x, calls = wna16.prepare(drawn(70, 160, 32, True, F16)), inputs(6, 160, F16), []
+    wna16.multiply(x, tiled, launcher=lambda *arguments: calls.append(arguments))
+    ((aligned, weight, bias, y, configuration),) = calls
+    assert (weight, bias, y.shape) == (tiled, None, (6, 70))
+    assert torch.equal(aligned, x)
+    assert configuration == wna16.configuration(tiled, 6, F16, x.device)
 
 
 def test_no_rows_and_any_strides() -> None:
@@ -175,14 +197,14 @@ def test_no_rows_and_any_strides() -> None:
     assert torch.equal(wna16.run(x[:1], tiled), wna16.run(torch.cat((x[:1, :5], x[:1]), 1)[:, 5:], tiled))
 
 
-def test_layers_that_are_one_give_the_same_bits() -> None:
+def test_concatenated_layers_are_bit_equal() -> None:
     parts = [wna16.prepare(drawn(rows, 256, 64, False, F16, rows)) for rows in (128, 64, 70)]
     x = inputs(3, 256, F16)
     assert torch.equal(wna16.run(x, layout.concatenate(parts)), torch.cat([wna16.run(x, part) for part in parts], 1))
 
 
 @pytest.mark.parametrize("bits", layout.BITS)
-def test_gradients_reach_the_input_and_the_operator_is_one(bits: int) -> None:
+def test_gradients_and_opcheck(bits: int) -> None:
     packed = drawn(70, 160, 32, False, F16, bits=bits)
     packed.scale.div_(packed.middle / 8)
     tiled, x = wna16.prepare(packed), inputs(3, 160, F16).requires_grad_()
@@ -201,13 +223,13 @@ def test_gradients_reach_the_input_and_the_operator_is_one(bits: int) -> None:
     torch.library.opcheck(torch.ops.llmq.wna16_linear.default, (x, *arguments), test_utils=checks)
 
 
-def test_bad_input_is_refused_before_any_launch() -> None:
+def test_invalid_arguments_are_refused_before_a_launch() -> None:
     packed = drawn(64, 128, 32, False, F16)
     tiled, x = wna16.prepare(packed), inputs(2, 128, F16)
     assert tiled.zeros is not None
     bad = [
         (x[:, 1:], tiled, None, r"x must be \[M, 128\]; got \[2, 127\]"),
-        (x.float(), tiled, None, "x must be float16 or bfloat16; got torch.float32: cast it"),
+        (x.float(), tiled, None, "x must be float16 or bfloat16; got torch.float32; cast it"),
         (x, replace(tiled, words=tiled.words[:, :, :, ::2]), None, "words must be contiguous torch.int32"),
         (x, replace(tiled, scales=tiled.scales[:1]), None, r"scales must be contiguous torch.float16 \[4, 64\]"),
         (x, replace(tiled, zeros=tiled.zeros.int()), None, "zeros must be contiguous torch.int16"),
@@ -215,28 +237,33 @@ def test_bad_input_is_refused_before_any_launch() -> None:
         (x, tiled, torch.zeros(63, dtype=F16), r"bias must be contiguous torch.float16 \[64\]"),
         (x, tiled, torch.zeros(64), "bias must be contiguous torch.float16"),
         (x[0], tiled, None, r"x must be \[M, 128\]; got \[128\]"),
-        (x, replace(tiled, group_size=48), None, "takes groups of 32, 64, a multiple of 128, or one per channel"),
+        (
+            x,
+            replace(tiled, group_size=48),
+            None,
+            "requires group_size 32, 64, a multiple of 128, or one group per channel",
+        ),
         (x, replace(tiled, group_size=64), None, "scales must be contiguous"),
         (x, replace(tiled, bits=8), None, r"words must be contiguous torch.int32 \[1, 1, 128, 16\]"),
-        (x, replace(tiled, bits=3), None, "takes 4 and 8 bits; these weights have 3"),
-        (x, replace(tiled, scales=tiled.scales.float()), None, "takes scales in float16 or bfloat16"),
-        (x, replace(tiled, rows=65), None, "words must be contiguous"),
+        (x, replace(tiled, bits=3), None, "requires 4 or 8 bits; got 3"),
+        (x, replace(tiled, scales=tiled.scales.float()), None, "requires float16 or bfloat16 scales"),
+        (x, replace(tiled, out_features=65), None, "words must be contiguous"),
     ]
-    for given, weight, bias, message in bad:
+    for rows, weight, bias, message in bad:
         with pytest.raises(LlmqError, match=message):
-            wna16.multiply(given, weight, bias)
+            wna16.multiply(rows, weight, bias)
     packed.scale[3, 1] = float("inf")
-    with pytest.raises(LlmqError, match="scales must be finite; that of row 3, group 1 is inf"):
+    with pytest.raises(LlmqError, match="scales must be finite; row 3, group 1 has inf"):
         wna16.prepare(packed)
 
 
-def test_offsets_of_32_bits_are_never_exceeded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_32_bit_offsets_are_never_exceeded(monkeypatch: pytest.MonkeyPatch) -> None:
     tiled, x = wna16.prepare(drawn(64, 128, 32, True, F16)), inputs(4, 256, F16)[:, :128]
     assert wna16._aligned(x) is x
     want = wna16.run(x, tiled)
-    monkeypatch.setattr(wna16, "FARTHEST_ROW", 200)
-    assert wna16._aligned(x).stride() == (128, 1), "rows too far apart are copied"
+    monkeypatch.setattr(wna16, "MAX_STRIDE", 200)
+    assert wna16._aligned(x).stride() == (128, 1), "rows with a large stride are copied"
     assert torch.equal(wna16.run(x, tiled), want)
-    monkeypatch.setattr(wna16, "FARTHEST_ROW", 100)
-    with pytest.raises(LlmqError, match="the kernel takes fewer than 100 columns and 2"):
+    monkeypatch.setattr(wna16, "MAX_STRIDE", 100)
+    with pytest.raises(LlmqError, match="in_features must be below 100 and scales below 2"):
         wna16.run(x, tiled)

@@ -1,4 +1,4 @@
-"""Tests in a process that starts with Triton's interpreter on: whether Triton interprets is decided where it is imported."""
+"""Run tests in a process that starts with Triton's interpreter on: Triton decides whether to interpret when it is imported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def in_the_interpreter(*arguments: str) -> None:
-    """Run pytest with these arguments, one thread; every test that is asked for must pass."""
+    """Run pytest with these arguments and one thread; at least one test must run and all must pass."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

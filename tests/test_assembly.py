@@ -1,4 +1,4 @@
-"""The unpacking in PTX, executed here instruction by instruction: no GPU and no interpreter of Triton's runs it."""
+"""The unpacking in PTX, executed instruction by instruction in Python: neither a CPU nor Triton's interpreter runs it."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ FULL = 0xFFFFFFFF
 
 
 def logic(a: Tensor, b: Tensor, c: Tensor, table: int) -> Tensor:
-    """lop3: bit 4a + 2b + c of the table, for every bit."""
-    found = torch.zeros_like(a)
+    """lop3: bit 4a + 2b + c of the table, for each bit position."""
+    result = torch.zeros_like(a)
     for index in range(8):
         if table >> index & 1:
             terms = [value if index >> place & 1 else ~value for value, place in ((a, 2), (b, 1), (c, 0))]
-            found |= terms[0] & terms[1] & terms[2]
-    return found & FULL
+            result |= terms[0] & terms[1] & terms[2]
+    return result & FULL
 
 
 def halves(word: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -42,13 +42,13 @@ def halves(word: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def joined(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
-    """Each rounded once to dtype."""
+    """Both values rounded once to dtype, in the halves of a word."""
     bits = [value.to(dtype).view(torch.uint16).long() for value in (low, high)]
     return bits[0] | bits[1] << 16
 
 
 def executed(code: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The registers after the code. inputs: int64 in 0 .. 2**32 - 1 by the names of operands."""
+    """The registers after the code. inputs: int64 in 0 .. 2**32 - 1, keyed by operand."""
     registers = dict(inputs)
     like = next(iter(inputs.values()))
 
@@ -82,14 +82,12 @@ def executed(code: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
             (a, b), (c, d), (e, f) = (halves(value(operand), kind) for operand in operands)
             registers[target] = joined(a * c + e, b * d + f, kind)
         else:
-            raise AssertionError(f"this test knows no {name}")
+            raise AssertionError(f"unknown instruction {name}")
     return registers
 
 
 @pytest.mark.parametrize(("bits", "dtype", "symmetric"), FORMS, ids=str)
-def test_every_pair_of_codes_becomes_its_difference_to_the_zero_point(
-    bits: int, dtype: torch.dtype, symmetric: bool
-) -> None:
+def test_every_code_minus_every_zero_point(bits: int, dtype: torch.dtype, symmetric: bool) -> None:
     """Every code beside every other, in every place of a word; every zero point."""
     count, places = 1 << bits, 16 // bits
     low, high = (codes.flatten() for codes in torch.meshgrid(torch.arange(count), torch.arange(count), indexing="ij"))
@@ -103,14 +101,14 @@ def test_every_pair_of_codes_becomes_its_difference_to_the_zero_point(
     for zeros in points:
         inputs = {f"${first}": torch.as_tensor(word)}
         inputs |= {f"${first + 1 + p}": torch.full_like(low, zero * 0x10001) for p, zero in enumerate(zeros)}
-        found = executed(FORMS[bits, dtype, symmetric].value, inputs)
+        registers = executed(FORMS[bits, dtype, symmetric].value, inputs)
         for place, (a, b) in enumerate(turned):
             for offset, codes in enumerate((a, b)):
-                got = found[f"${2 * place + offset}"].to(torch.uint16).view(dtype)
+                got = registers[f"${2 * place + offset}"].to(torch.uint16).view(dtype)
                 assert torch.equal(got.double(), (codes - zeros[place]).double()), (zeros, place)
 
 
-def test_a_wrong_instruction_is_seen() -> None:
+def test_a_wrong_instruction_is_detected() -> None:
     code = _unpack._F16_BYTES.value.replace("0x64806480", "0x64816480")
     assert code != _unpack._F16_BYTES.value
     word = torch.tensor([0x12345678])

@@ -1,4 +1,4 @@
-"""The benchmark on the CPU: the gate catches what is wrong, who is not measured is named, the record is whole."""
+"""The kernel benchmark on the CPU: wrong results are not timed, absent contenders are named, the record is complete."""
 
 from __future__ import annotations
 
@@ -16,142 +16,154 @@ import torch
 from torch import Tensor
 
 from llmq.bench import record
-from llmq.bench.kernels import benchmark, checking, rivals, tables, timing, truth
-from llmq.bench.kernels.benchmark import Findings, Plan, Shape
+from llmq.bench.kernels import benchmark, checking, contenders, rivals, tables, timing, truth
+from llmq.bench.kernels.benchmark import BenchResults
+from llmq.bench.kernels.contenders import KernelBenchConfig, Shape
 from llmq.bench.kernels.timing import SELF_TEST, Ceilings
 from llmq.errors import LlmqError
 from llmq.kernels import reference, slab
+from llmq.kernels.kernel import Run
+from tests.fixtures import with_run
 
 ROOT = Path(__file__).resolve().parent.parent
 F16, BF16 = torch.float16, torch.bfloat16
 CPU = torch.device("cpu")
-PLAN = Plan(CPU, BF16, 64, False, (Shape(128, 64, "a layer"), Shape(256, 96)), (1, 70), 60.0, 5, SELF_TEST)
+CONFIG = KernelBenchConfig(
+    device=CPU,
+    dtype=BF16,
+    group_size=64,
+    symmetric=False,
+    shapes=(Shape(128, 64, "a layer"), Shape(256, 96)),
+    rows=(1, 70),
+    seconds=60.0,
+    seed=5,
+    effort=SELF_TEST,
+)
 LIMITS = Ceilings(1e9, 1e10)
-KEYS = {
-    *("shape", "layer", "k", "n", "m", "what", "ours", "preferred", "error", "launch", "copies", "us", "spread"),
-    *("calls", "samples", "bytes", "flops", "speedup", "roofline", "bound"),
-}
-NO_INT4 = "cpu_int4 and torch int4 have vector code on AVX2 and AVX512 only"
+KEYS = "bound bytes calls copies error flops k launch layer m n ours preferred roofline samples shape speedup spread us what"
+NO_INT4 = "cpu_int4 and torch int4 require AVX2 or AVX512"
 vectors = pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason=NO_INT4)
 
 
-def measured(plan: Plan = PLAN) -> Findings:
-    findings = Findings()
-    benchmark.bench(plan, LIMITS, findings, lambda line: None)
-    return findings
+def measured(config: KernelBenchConfig = CONFIG) -> BenchResults:
+    results = BenchResults()
+    benchmark.bench(config, LIMITS, results, lambda line: None)
+    return results
+
+
+def replace_slab(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    """The slab kernel computes `run` in benchmarks and checks."""
+    kernels = with_run(lambda kernel: run if kernel is slab.KERNEL else kernel.run)
+    monkeypatch.setattr(contenders, "KERNELS", kernels)
+    monkeypatch.setattr(checking, "KERNELS", kernels)
 
 
 @vectors
-def test_every_row_is_whole_and_who_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_row_is_complete_and_absent_contenders_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    found = measured()
-    assert json.loads(json.dumps(found.rows)) == found.rows
-    assert {row["what"] for row in found.rows} == {"cpu_int4", "slab", "dense", "torch int4"}
-    assert {"triton", "reference", "gemlite"} <= set(found.absent)
-    assert found.absent["gemlite"] == "is not installed: pip install gemlite"
-    assert (found.wrong, found.skipped) == ([], [])
-    us = {(row["shape"], row["m"], row["what"]): row["us"] for row in found.rows}
-    for row in found.rows:
-        assert set(row) == KEYS
-        assert row["copies"] == timing.LEAST_COPIES
+    results = measured()
+    assert json.loads(json.dumps(results.rows)) == results.rows
+    assert {row["what"] for row in results.rows} == {"cpu_int4", "slab", "dense", "torch int4"}
+    assert {"triton", "reference", "gemlite"} <= set(results.absent)
+    assert results.absent["gemlite"] == "is not installed: pip install gemlite"
+    assert (results.wrong, results.skipped) == ([], [])
+    us = {(row["shape"], row["m"], row["what"]): row["us"] for row in results.rows}
+    for row in results.rows:
+        assert " ".join(sorted(row)) == KEYS
+        assert row["copies"] == timing.MIN_COPIES
         assert 0 < row["error"] < truth.TOLERANCE[BF16]
         assert row["speedup"] == us[row["shape"], row["m"], "dense"] / row["us"]
         floor = max(row["bytes"] / LIMITS.copy, row["flops"] / LIMITS.flops) * 1e6
         assert row["roofline"] == pytest.approx(floor / row["us"])
-    one = next(row for row in found.rows if (row["shape"], row["what"], row["m"]) == ("128x64", "cpu_int4", 1))
+    one = next(row for row in results.rows if (row["shape"], row["what"], row["m"]) == ("128x64", "cpu_int4", 1))
     # Codes, scales and zero points of 2 groups a row, x, y.
     assert one["bytes"] == 64 * 128 // 2 + 64 * 2 * 2 + 64 * 2 // 2 + 2 * (128 + 64)
-    assert {(row["m"], row["what"]) for row in found.rows if row["preferred"]} == {(1, "cpu_int4"), (70, "slab")}
+    assert {(row["m"], row["what"]) for row in results.rows if row["preferred"]} == {(1, "cpu_int4"), (70, "slab")}
 
 
-def test_a_wrong_kernel_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = slab.run
-    monkeypatch.setattr(
-        slab, "run", lambda x, packed, bias=None: right(x, packed, bias) * (1.05 if len(x) == 70 else 1)
-    )
-    found = measured()
-    assert [line.partition(": ")[0] for line in found.wrong] == ["slab at 128x64", "slab at 256x96"]
-    assert "the result for M=70 is off by" in found.wrong[0]
-    assert "slab" not in {row["what"] for row in found.rows}
-    assert "dense" in {row["what"] for row in found.rows}
+def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_slab(monkeypatch, lambda x, packed, bias=None: slab.run(x, packed, bias) * (1.05 if len(x) == 70 else 1))
+    results = measured()
+    assert [line.partition(": ")[0] for line in results.wrong] == ["slab at 128x64", "slab at 256x96"]
+    assert "the result for M=70 has a relative error of" in results.wrong[0]
+    assert "slab" not in {row["what"] for row in results.rows}
+    assert "dense" in {row["what"] for row in results.rows}
 
 
-def test_a_kernel_that_changes_its_bits_or_fails_while_timed_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    right, count = slab.run, [0]
-    plan = replace(PLAN, shapes=PLAN.shapes[:1], rows=(70,))
+def test_a_kernel_that_is_not_deterministic_or_fails_later_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = [0]
+    config = replace(CONFIG, shapes=CONFIG.shapes[:1], rows=(70,))
 
     def moving(x: Tensor, packed: Any, bias: Any = None) -> Tensor:
         count[0] += 1
-        y = right(x, packed, bias)
+        y = slab.run(x, packed, bias)
         y[0, 0] += count[0] * 2**-7
         return y
 
     def late(x: Tensor, packed: Any, bias: Any = None) -> Tensor:
         count[0] += 1
-        return right(x, packed, bias) * (1 if count[0] <= 2 else float("nan"))
+        return slab.run(x, packed, bias) * (1 if count[0] <= 2 else float("nan"))
 
-    for broken, reason in ((moving, "gives other bits the second time"), (late, "elements that are not finite")):
+    for broken, reason in ((moving, "is not bit-equal when repeated"), (late, "elements that are not finite")):
         count[0] = 0
-        monkeypatch.setattr(slab, "run", broken)
-        found = measured(plan)
-        assert len(found.wrong) == 1
-        assert reason in found.wrong[0]
-        assert "slab" not in {row["what"] for row in found.rows}
+        replace_slab(monkeypatch, broken)
+        results = measured(config)
+        assert len(results.wrong) == 1
+        assert reason in results.wrong[0]
+        assert "slab" not in {row["what"] for row in results.rows}
 
 
-def test_a_rival_that_is_wrong_or_raises_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rival_that_is_wrong_or_raises_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(x: Tensor, runtime: Any) -> Tensor:
         raise NotImplementedError("not on this device\nsecond line")
 
     off = rivals.Rival("off", lambda problem: None, rivals.dense, lambda x, w: torch.nn.functional.linear(x, w * 1.1))
     bad = rivals.Rival("bad", lambda problem: None, rivals.dense, failing)
     monkeypatch.setattr(rivals, "RIVALS", (rivals.DENSE, off, bad))
-    found = measured()
-    assert not found.wrong, "a rival's failure is not ours"
-    assert "the result for M=1 is off by" in found.absent["off at 128x64"]
-    assert found.absent["bad at 128x64"] == "NotImplementedError: not on this device"
-    assert {row["what"] for row in found.rows}.isdisjoint({"off", "bad"})
+    results = measured()
+    assert not results.wrong, "a rival's failure is not ours"
+    assert "the result for M=1 has a relative error of" in results.absent["off at 128x64"]
+    assert results.absent["bad at 128x64"] == "NotImplementedError: not on this device"
+    assert {row["what"] for row in results.rows}.isdisjoint({"off", "bad"})
 
 
-def test_what_time_does_not_allow_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = measured(replace(PLAN, seconds=0.0))
-    assert (found.rows, found.skipped) == ([], ["128x64", "256x96"])
+def test_what_does_not_fit_the_time_box_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = measured(replace(CONFIG, seconds=0.0))
+    assert (results.rows, results.skipped) == ([], ["128x64", "256x96"])
     monkeypatch.setattr(benchmark, "RIVAL_SHARE", 0.0)
-    told = measured(PLAN).absent
-    assert "dense at 256x96" not in told, "without it there are no ratios"
-    if "torch int4" not in told:
-        assert "its share of the time" in told["torch int4 at 256x96"]
+    absent = measured(CONFIG).absent
+    assert "dense at 256x96" not in absent, "without it there are no ratios"
+    if "torch int4" not in absent:
+        assert "its share of the time box" in absent["torch int4 at 256x96"]
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
 @pytest.mark.parametrize(("columns", "size"), [(4096, 4096), (2048, 128), (160, 32)])
-def test_the_gate_lets_rounding_through_and_nothing_else(
-    columns: int, size: int, dtype: torch.dtype, symmetric: bool
-) -> None:
+def test_rounding_passes_and_other_errors_do_not(columns: int, size: int, dtype: torch.dtype, symmetric: bool) -> None:
     generator = torch.Generator().manual_seed(columns)
     packed = truth.draw(generator, 48, columns, size, symmetric, dtype)
     x = truth.draw_input(generator, 33, columns, dtype)
-    wanted = truth.truth(x, packed)
+    expected = truth.truth(x, packed)
     y = slab.run(x, packed)
-    assert truth.judge(y, wanted).wrong is None, "each weight and y rounded once"
-    assert truth.judge(y[:5], wanted).wrong is None
-    assert truth.judge(y[:0], wanted).wrong is None
+    assert truth.judge(y, expected).wrong is None, "each weight and y rounded once"
+    assert truth.judge(y[:5], expected).wrong is None
+    assert truth.judge(y[:0], expected).wrong is None
     lost, point = packed.scale.clone(), y.clone()
     lost[:, -1] = 0
-    point[7, 9] += 16 * truth.TOLERANCE[dtype] * wanted.size[7, 9]
+    point[7, 9] += 16 * truth.TOLERANCE[dtype] * expected.size[7, 9]
     bad: list[tuple[Tensor, str]] = [
-        (slab.run(x, replace(packed, scale=lost)), "is off by"),
-        (slab.run(torch.cat((x[:, : columns // 2], x[:, columns // 2 :] * 0), 1), packed), "is off by"),
-        (point, "has an element that is off, [7, 9]"),
+        (slab.run(x, replace(packed, scale=lost)), "has a relative error of"),
+        (slab.run(torch.cat((x[:, : columns // 2], x[:, columns // 2 :] * 0), 1), packed), "has a relative error of"),
+        (point, "has a wrong element [7, 9]"),
         (torch.where(torch.arange(48) == 3, float("nan"), y), "33 elements that are not finite, first at [0, 3]"),
         (y.float(), "is torch.float32"),
         (y[:, :-1], "it must be 16-bit [33, 48]"),
     ]
     if not symmetric:
-        bad.append((slab.run(x, replace(packed, zero=None)), "is off by"))
+        bad.append((slab.run(x, replace(packed, zero=None)), "has a relative error of"))
     for other, reason in bad:
-        wrong = truth.judge(other, wanted).wrong
+        wrong = truth.judge(other, expected).wrong
         assert wrong is not None
         assert reason in wrong
 
@@ -162,7 +174,7 @@ def test_truth_in_pieces_is_the_reference(bits: int, monkeypatch: pytest.MonkeyP
     packed = truth.draw(generator, 100, 96, 32, False, BF16, bits)
     x, bias = truth.draw_input(generator, 5, 96, BF16), truth.draw_input(generator, 1, 100, BF16)[0]
     monkeypatch.setattr(truth, "PIECE", 1)
-    assert [piece.rows for _, piece in truth.pieces(packed)] == [32, 32, 32, 4]
+    assert [piece.out_features for _, piece in truth.pieces(packed)] == [32, 32, 32, 4]
     want = reference.run(x.double(), packed, bias.double(), torch.float64)
     torch.testing.assert_close(truth.truth(x, packed, bias).y, want, rtol=1e-12, atol=1e-12)
     assert torch.equal(rivals.dense(packed, BF16), reference.dequantize(packed).to(BF16))
@@ -170,9 +182,7 @@ def test_truth_in_pieces_is_the_reference(bits: int, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
-def test_gemlite_is_given_the_weight_as_it_takes_it(
-    symmetric: bool, bits: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gemlite_gets_the_weight_in_its_format(symmetric: bool, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in with the signatures of gemlite 0.6.0: (codes - zeros) * scales, codes uint8 [N, K], scales [N, G]."""
 
     class Layer:
@@ -200,7 +210,7 @@ def test_gemlite_is_given_the_weight_as_it_takes_it(
     assert truth.judge(rival.run(x, rival.prepare(packed, F16)), truth.truth(x, packed)).wrong is None
 
 
-def test_the_check_covers_the_grid_and_names_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cases_cover_the_grid_and_failures_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     listed = checking.cases(False)
     whole = [case for case in listed if {0, 1, 1024} <= set(case.rows)]
     for bits in (4, 8):
@@ -210,41 +220,54 @@ def test_the_check_covers_the_grid_and_names_what_fails(monkeypatch: pytest.Monk
     assert any(case.n % 64 and case.k % 128 for case in listed)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     case = next(case for case in checking.cases(True) if case.group == 64 and not case.symmetric)
-    good = checking.check(case, "cpu", 3)
+    good = checking.check_case(case, "cpu", 3)
     assert (good.wrong, good.products) == ((), len(case.rows) * len(good.kernels))
-    monkeypatch.setattr(slab, "zero_points", lambda packed: None)
-    bad = checking.check(case, "cpu", 3)
-    assert any(why.startswith("slab M=1 is off by") for why in bad.wrong)
-    monkeypatch.setattr(slab, "run", lambda x, packed, bias: x.new_empty(len(x), packed.rows))
-    assert any("not finite" in why for why in checking.check(case, "cpu", 3).wrong), "fresh memory is poisoned"
+    with monkeypatch.context() as patched:
+        patched.setattr(slab, "zero_points", lambda packed: None)
+        bad = checking.check_case(case, "cpu", 3)
+    assert any(failure.startswith("slab M=1 has a relative error of") for failure in bad.wrong)
+    replace_slab(monkeypatch, lambda x, packed, bias: x.new_empty(len(x), packed.out_features))
+    bad = checking.check_case(case, "cpu", 3)
+    assert any("not finite" in failure for failure in bad.wrong), "fresh memory is NaN"
+    calls = [0]
+
+    def late(x: Tensor, packed: Any, bias: Any) -> Tensor:
+        calls[0] += 1
+        return slab.run(x, packed, bias) + (calls[0] % 10 == 0)
+
+    replace_slab(monkeypatch, late)
+    one_product = replace(case, rows=(9,))
+    assert checking.check_case(one_product, "cpu", 3, repeats=9).wrong == ()
+    calls[0] = 0
+    assert checking.check_case(one_product, "cpu", 3, repeats=10).wrong == ("slab M=9 is not bit-equal when repeated",)
 
 
-def test_shapes_are_read_and_refused() -> None:
+def test_shapes_are_parsed_or_refused() -> None:
     assert tables.parse_shapes(["4096x14336"]) == (Shape(4096, 14336),)
     for text in ("4096", "0x64", "64x", "a4x4"):
-        with pytest.raises(LlmqError, match="a shape must be KxN, two positive numbers"):
+        with pytest.raises(LlmqError, match="a shape must be KxN, two positive numbers such as 4096x14336; got"):
             tables.parse_shapes([text])
-    with pytest.raises(LlmqError, match="group_size must divide the 100 columns; got 64"):
+    with pytest.raises(LlmqError, match="group_size must divide in_features 100; got 64; use 100 or a divisor"):
         truth.draw(torch.Generator(), 16, 100, 64, True, F16)
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
-        ({"rows": (4, 0)}, "rows must be 1 or more; got 0"),
-        ({"group_size": -1}, "the group must be a number of columns, or 0 for one per channel; got -1"),
-        ({"tables": Path("nowhere")}, "there is no folder nowhere of launch tables"),
+        ({"rows": (4, 0)}, "rows must be at least 1; got 0"),
+        ({"group_size": -1}, "group must be a number of columns, or 0 for one per channel; got -1"),
+        ({"tables": Path("nowhere")}, "the folder nowhere of launch tables does not exist"),
     ],
 )
-def test_sizes_that_are_none_are_refused(change: dict[str, Any], told: str) -> None:
-    with pytest.raises(LlmqError, match=told):
-        replace(PLAN, **change)
+def test_settings_out_of_range_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(LlmqError, match=message):
+        replace(CONFIG, **change)
 
 
-def test_a_folder_is_tried_before_anything_is_measured(tmp_path: Path) -> None:
+def test_the_output_folder_is_tested_before_anything_is_measured(tmp_path: Path) -> None:
     assert record.writable(tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").touch()
-    with pytest.raises(LlmqError, match=r"--output .*file/x cannot be written to: Not a directory"):
+    with pytest.raises(LlmqError, match=r"--output .*file/x is not writable: Not a directory"):
         record.writable(tmp_path / "file" / "x")
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
@@ -255,19 +278,7 @@ def run(*command: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_script_writes_one_record(tmp_path: Path) -> None:
-    options = [
-        "--self-test",
-        "--dtype",
-        "bfloat16",
-        "--group",
-        "0",
-        "--asym",
-        "--rows",
-        "1",
-        "70",
-        "--shapes",
-        "128x64",
-    ]
+    options = ["--self-test", "--dtype", "bfloat16", "--group", "0", "--asym", "--rows", "1,70", "--shapes", "128x64"]
     done = run(sys.executable, "scripts/bench_kernels.py", *options, "--output", tmp_path, "--seed", "4")
     assert done.returncode == 0, done.stderr
     (file,) = tmp_path.iterdir()
@@ -276,20 +287,20 @@ def test_the_script_writes_one_record(tmp_path: Path) -> None:
     assert (written["device"], written["seed"], written["self_test"], written["symmetric"]) == ("cpu", 4, True, False)
     assert written["versions"]["torch"] == torch.__version__
     assert written["command"].startswith("scripts/bench_kernels.py --self-test")
-    assert str(tmp_path.parent) not in file.read_text(), "records are published: no paths of a machine"
+    assert str(tmp_path.parent) not in file.read_text(), "records are published: they hold no local paths"
     assert "SELF-TEST on the CPU: nothing below is a measurement" in done.stdout
     assert all(row["us"] > 0 and row["roofline"] > 0 for row in written["rows"])
     assert {"slab", "dense"} <= {row["what"] for row in written["rows"]}
 
 
-def test_a_gpu_day_names_the_steps_that_failed(tmp_path: Path) -> None:
+def test_gpu_day_names_the_steps_that_failed(tmp_path: Path) -> None:
     done = run("scripts/gpu_day.sh", tmp_path, "--self-test", PYTHON="false")
     assert done.returncode == 1
     assert "FAILED: check (1) ceilings (1) sweep (1) bench (1) bench-bfloat16 (1)" in done.stdout
-    assert (tmp_path / "logs" / "sweep.log").exists(), "a failing step does not stop the next"
+    assert (tmp_path / "logs" / "sweep.log").exists(), "a failing step does not stop the next one"
     assert run("scripts/gpu_day.sh").returncode == 2
     for wrong in ([""], [tmp_path, "--quick"], [tmp_path, "--self-test", "--quick"]):
         assert run("scripts/gpu_day.sh", *wrong).returncode == 2
     alone = run("scripts/gpu_day.sh", tmp_path / "b", PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="")
-    assert (alone.returncode, alone.stdout) == (2, ""), "without a GPU nothing is begun"
-    assert "torch finds no GPU here" in alone.stderr
+    assert (alone.returncode, alone.stdout) == (2, ""), "without a GPU nothing starts"
+    assert "finds no GPU; --self-test runs the steps on the CPU" in alone.stderr

@@ -61,8 +61,8 @@ def test_a_launch_states_whether_it_was_measured(
     monkeypatch.setattr(wna16, "device_of", lambda _: Device("sm_90", 132))
     monkeypatch.setattr(wna16, "table_of", lambda _: table)
     problem = Problem(4096, 4096, 4, 128, True, torch.float16, torch.float16, "cuda")
-    assert wna16.launch_of(problem, 1, torch.device("cuda")) == launch
-    assert wna16.launch_of(problem, 0, torch.device("cuda")) is None
+    assert wna16.describe_launch(problem, 1, torch.device("cuda")) == launch
+    assert wna16.describe_launch(problem, 0, torch.device("cuda")) is None
 
 
 @pytest.mark.parametrize(("fuse", "problems"), [(False, 4), (True, 4)])
@@ -73,7 +73,7 @@ def test_each_distinct_problem_is_run_once(
     for kernel in (cpu_int4, slab):
         run = kernel.run
         monkeypatch.setattr(
-            kernel, "run", lambda *args, r=run, n=kernel.NAME: seen.append((n, len(args[0]))) or r(*args)
+            kernel, "run", lambda *args, r=run, n=kernel.name: seen.append((n, len(args[0]))) or r(*args)
         )
     rows = llmq.warmup(model)
     assert {(row.n, row.k) for row in rows} == (

@@ -1,13 +1,13 @@
-"""Packed matmuls: the reference against float64 and against Python's own integers, every kernel against the reference.
+"""Packed matmuls: the reference against float64 and Python integers, every kernel against the reference.
 
-Memory that a kernel allocates is filled with NaN first, so that an element that is not written shows. Errors are told
-as root mean square and maximum over the wanted values, with the worst coordinates.
+Memory that a kernel allocates is filled with NaN first, so that an element that is not written shows. Error messages have the
+root mean square and the maximum, relative to the expected values, with the worst coordinates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -16,15 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmq.core.grid import Grid, fit, quantize
+from llmq.core.grid import Grid, fit, fit_full_range, quantize
 from llmq.core.packing import pack
 from llmq.core.quantized import QuantizedWeight
 from llmq.errors import LlmqError
-from llmq.formats import IN_MEMORY
+from llmq.formats import compressed_tensors as ct
 from llmq.kernels import cpu_int4, reference, slab
+from llmq.kernels.kernel import Kernel
 from llmq.kernels.problem import Packed, Problem
-from llmq.kernels.registry import KERNELS, choose, steps
-from tests.fixtures import fit_full_range
+from llmq.kernels.registry import KERNELS, choose, kernel_ranges
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = ((32, 2), (48, 3), (5, 1))  # rows, groups
@@ -35,12 +35,12 @@ CASES = [
     for bits in (2, 3, 4, 8)
     for symmetric in (True, False)
 ]
-# Of one rounding to bfloat16, and of each weight's besides.
+# The error of rounding y to bfloat16, and of rounding each weight too.
 ROUNDED_ONCE, ROUNDED_TWICE = 2**-8, 2**-7
 
 
 @pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
+def _nan_in_fresh_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
     yield
     torch.use_deterministic_algorithms(False)
@@ -62,13 +62,13 @@ def weight_of(
 
 
 def packed_of(weight: QuantizedWeight) -> Packed:
-    tensors = IN_MEMORY.encode(weight)
+    tensors = ct.encode(weight)
     sizes = (*weight.shape, weight.bits, weight.group_size)
     return Packed(*sizes, tensors["weight_packed"], tensors["weight_scale"], tensors.get("weight_zero_point"))
 
 
 def problem_of(packed: Packed, dtype: torch.dtype, **more: Any) -> Problem:
-    sizes = (packed.rows, packed.columns, packed.bits, packed.group_size)
+    sizes = (packed.out_features, packed.in_features, packed.bits, packed.group_size)
     return Problem(*sizes, packed.zero is None, packed.scale.dtype, dtype, packed.weight.device.type, **more)
 
 
@@ -81,13 +81,13 @@ def assert_near(got: Tensor, want: Tensor, tolerance: float) -> None:
     error, size = (got.double() - want.double()).abs(), want.double().pow(2).mean().sqrt()
     worst = error.flatten().argmax().item()
     where = [int(i) for i in torch.unravel_index(torch.tensor(worst), want.shape)]
-    told = f"rms {error.pow(2).mean().sqrt() / size:.2e}, worst {error.max() / size:.2e} at {where}"
-    assert error.pow(2).mean().sqrt() <= tolerance * size, told
-    assert error.max() <= 8 * tolerance * size, told
+    message = f"rms {error.pow(2).mean().sqrt() / size:.2e}, worst {error.max() / size:.2e} at {where}"
+    assert error.pow(2).mean().sqrt() <= tolerance * size, message
+    assert error.max() <= 8 * tolerance * size, message
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_the_references_own_unpack_reads_one_little_endian_stream(bits: int) -> None:
+def test_reference_unpack_reads_a_little_endian_stream(bits: int) -> None:
     codes = torch.randint(0, 1 << bits, (3, 45), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
     words = pack(codes, bits)
     for row, code in zip(words.tolist(), codes.tolist(), strict=True):
@@ -97,7 +97,7 @@ def test_the_references_own_unpack_reads_one_little_endian_stream(bits: int) -> 
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_reference_is_the_formula(case: tuple[int, int, int, int, bool]) -> None:
+def test_reference_equals_the_formula(case: tuple[int, int, int, int, bool]) -> None:
     rows, groups, size, bits, symmetric = case
     weight = weight_of(rows, groups * size, size, bits, symmetric)
     packed = packed_of(weight)
@@ -114,8 +114,8 @@ def test_the_reference_is_the_formula(case: tuple[int, int, int, int, bool]) -> 
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("kernel", [cpu_int4, slab], ids=lambda module: module.NAME)
-def test_kernels_equal_the_reference(kernel: Any, case: tuple[int, int, int, int, bool]) -> None:
+@pytest.mark.parametrize("kernel", [cpu_int4.KERNEL, slab.KERNEL], ids=lambda kernel: kernel.name)
+def test_kernels_equal_the_reference(kernel: Kernel, case: tuple[int, int, int, int, bool]) -> None:
     rows, groups, size, bits, symmetric = case
     packed = packed_of(weight_of(rows, groups * size, size, bits, symmetric))
     for dtype, tolerance in ((torch.float64, 1e-6), (F32, 1e-6), (F16, 2**-10), (BF16, ROUNDED_TWICE)):
@@ -123,13 +123,13 @@ def test_kernels_equal_the_reference(kernel: Any, case: tuple[int, int, int, int
             continue
         layout = kernel.prepare(packed)
         for batch in (0, 1, 7, 50):
-            x = (torch.randn(batch, packed.columns, generator=torch.Generator().manual_seed(batch)) + 0.3).to(dtype)
+            x = (torch.randn(batch, packed.in_features, generator=torch.Generator().manual_seed(batch)) + 0.3).to(dtype)
             got = kernel.run(x, layout)
             assert got.dtype == dtype
             assert_near(got, reference.run(x.double(), packed, dtype=torch.float64), tolerance)
             assert torch.equal(got, kernel.run(x, layout)), "deterministic"
-            strided = torch.cat((x, x), 1)[:, : packed.columns]
-            assert torch.equal(got, kernel.run(strided, layout)), "whatever the strides"
+            strided = torch.cat((x, x), 1)[:, : packed.in_features]
+            assert torch.equal(got, kernel.run(strided, layout)), "for any strides"
 
 
 @settings(max_examples=40, deadline=None)
@@ -143,15 +143,15 @@ def test_kernels_equal_the_reference(kernel: Any, case: tuple[int, int, int, int
     st.sampled_from([BF16, F32]),
     st.integers(0, 5),
 )
-def test_any_shape(
+def test_any_shape_is_within_rounding(
     rows: int, groups: int, size: int, bits: int, symmetric: bool, stored: torch.dtype, dtype: torch.dtype, batch: int
 ) -> None:
     packed = packed_of(weight_of(rows, groups * size, size, bits, symmetric, stored))
-    x = torch.randn(batch, packed.columns, generator=torch.Generator().manual_seed(rows)).to(dtype)
+    x = torch.randn(batch, packed.in_features, generator=torch.Generator().manual_seed(rows)).to(dtype)
     want = x.double() @ reference.dequantize(packed).to(dtype).double().T
     problem = problem_of(packed, dtype)
-    for step in steps(problem):
-        got = step.kernel.run(x, step.kernel.prepare(packed))
+    for entry in kernel_ranges(problem):
+        got = entry.kernel.run(x, entry.kernel.prepare(packed))
         bound = (x.double().abs() @ reference.dequantize(packed, torch.float64).abs().T) * (
             1e-6 if dtype == F32 else 3 * ROUNDED_ONCE
         )
@@ -159,7 +159,7 @@ def test_any_shape(
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_the_int4_layout_holds_every_weight_exactly(bits: int) -> None:
+def test_int4_layout_stores_every_weight_exactly(bits: int) -> None:
     packed = packed_of(weight_of(48, 96, 32, bits, True))
     assert torch.equal(cpu_int4.run(torch.eye(96, dtype=BF16), cpu_int4.prepare(packed)).T, dense(packed, BF16))
 
@@ -169,22 +169,22 @@ def dense(packed: Packed, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_zero_points_lose_nothing_where_groups_and_inputs_are_off_zero(bits: int) -> None:
+def test_int4_zero_points_lose_nothing_with_means_off_zero(bits: int) -> None:
     generator, grid = torch.Generator().manual_seed(0), Grid(bits, 64, False)
     weight = torch.randn(64, 16, 64, generator=generator) + torch.randn(64, 16, 1, generator=generator)
-    weight = weight.view(64, 1024) - weight.mean((1, 2)).unsqueeze(1)  # or y is large and hides everything
+    weight = weight.view(64, 1024) - weight.mean((1, 2)).unsqueeze(1)  # otherwise y is large and hides the error
     packed = packed_of(quantize(weight, *fit(weight, grid, BF16), grid))
     x = (torch.randn(8, 1024, generator=generator) + 2).to(BF16)
     want = reference.run(x.double(), packed, dtype=torch.float64)
     layout = cpu_int4.prepare(packed)
     assert_near(cpu_int4.run(x, layout), want, ROUNDED_ONCE)
-    with pytest.raises(AssertionError, match="rms"):  # what is rounded off the zero points matters here
-        assert_near(cpu_int4.run(x, replace(layout, rest=None)), want, 2 * ROUNDED_ONCE)
+    with pytest.raises(AssertionError, match="rms"):  # the rounded-off part of the zero points matters here
+        assert_near(cpu_int4.run(x, replace(layout, zero_remainder=None)), want, 2 * ROUNDED_ONCE)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_slabs_have_the_bits_of_the_quantized_weight(
+def test_slabs_equal_the_quantized_weight_to_the_bit(
     bits: int, symmetric: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight = weight_of(48, 96, 32, bits, symmetric)
@@ -196,7 +196,7 @@ def test_slabs_have_the_bits_of_the_quantized_weight(
     whole = slab.run(x, packed)
     monkeypatch.setattr(slab, "SLAB", 7 * 96)
     torch.testing.assert_close(slab.run(x, packed), whole)
-    assert torch.equal(packed.weight, before), "the stored tensors are not written to"
+    assert torch.equal(packed.weight, before), "the stored tensors are not changed"
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -213,9 +213,9 @@ def test_gradients_flow_without_keeping_dense_weights(symmetric: bool, monkeypat
     assert sum(kept) <= 48 * 96  # bytes; float32 would be four times as much
 
 
-def test_the_operator_is_what_torch_asks_of_one() -> None:
+def test_slab_operator_passes_opcheck() -> None:
     packed = packed_of(weight_of(48, 96, 32, 4, False))
-    sizes = (packed.rows, packed.columns, packed.bits, packed.group_size)
+    sizes = (packed.out_features, packed.in_features, packed.bits, packed.group_size)
     x = torch.randn(3, 96, requires_grad=True)
     torch.library.opcheck(torch.ops.llmq.slab_linear.default, (x, packed.weight, packed.scale, packed.zero, *sizes))
 
@@ -226,65 +226,87 @@ PROBLEM = Problem(32, 192, 4, 64, True, BF16, BF16, "cpu")
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"group_size": 48}, "takes groups that 32 divides; these have 48 columns"),
-        ({"rows": 20}, "takes out_features that 16 divides; there are 20"),
-        ({"device": "cuda"}, "runs on the CPU; the weight is on cuda"),
-        ({"dtype": F32}, "bfloat16 only; input: float32"),
-        ({"dtype": F16}, "bfloat16 only; input: float16"),
-        ({"scale_dtype": F16}, "bfloat16 only; scales: float16"),
-        ({"streamed": True}, "the weight is offloaded"),
+        ({"group_size": 48}, "requires group_size divisible by 32; got 48"),
+        ({"out_features": 20}, "requires out_features divisible by 16; got 20"),
+        ({"device": "cuda"}, "requires the CPU; the weight is on cuda"),
+        ({"dtype": F32}, "requires bfloat16 input; got float32"),
+        ({"dtype": F16}, "requires bfloat16 input; got float16"),
+        ({"scale_dtype": F16}, "requires bfloat16 scales; got float16"),
+        ({"offloaded": True}, "the weight is offloaded"),
     ],
 )
 def test_refusals_state_rule_and_value(change: dict[str, Any], reason: str) -> None:
     problem = replace(PROBLEM, **change)
-    found = cpu_int4.refusal(problem)
-    assert found is not None
-    assert reason in found
+    refusal = cpu_int4.refusal(problem)
+    assert refusal is not None
+    assert reason in refusal
     choice = choose(problem, 1)
-    assert choice.kernel is slab
-    told = dict(choice.refused)
-    assert list(told) == ["cpu_int4", "triton", "reference"]
-    assert (told["cpu_int4"], told["reference"]) == (found, "comes after slab")
+    assert choice.kernel is slab.KERNEL
+    refused = dict(choice.refused)
+    assert list(refused) == ["cpu_int4", "triton", "reference"]
+    assert (refused["cpu_int4"], refused["reference"]) == (refusal, "comes after slab")
 
 
-def test_a_cpu_without_vector_code_for_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_without_vector_code_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_int4, "vector_code", lambda: "NEON")
-    assert "torch runs NEON on this CPU" in str(cpu_int4.refusal(PROBLEM))
+    assert "torch uses NEON on this CPU" in str(cpu_int4.refusal(PROBLEM))
 
 
-def test_the_number_of_rows_decides() -> None:
-    most = cpu_int4.MOST_ROWS
-    assert choose(PROBLEM, most).kernel is cpu_int4
+def test_the_number_of_rows_decides_the_kernel() -> None:
+    most = cpu_int4.MAX_ROWS
+    assert choose(PROBLEM, most).kernel is cpu_int4.KERNEL
     later = dict(choose(PROBLEM, 0).refused)
     assert (later["slab"], later["reference"]) == ("comes after cpu_int4", "comes after cpu_int4")
     many = choose(PROBLEM, most + 1)
-    assert many.kernel is slab
-    assert many.refused[0] == ("cpu_int4", f"is for up to {most} rows")
-    assert [(step.most_rows, step.kernel) for step in steps(PROBLEM)] == [(most, cpu_int4), (None, slab)]
+    assert many.kernel is slab.KERNEL
+    assert many.refused[0] == ("cpu_int4", f"runs at most {most} rows")
+    ranges = [(entry.max_rows, entry.kernel) for entry in kernel_ranges(PROBLEM)]
+    assert ranges == [(most, cpu_int4.KERNEL), (None, slab.KERNEL)]
 
 
-def test_a_forced_kernel_runs_everything_or_says_why_not() -> None:
-    for kernel in (cpu_int4, slab, reference):
-        choice = choose(PROBLEM, 10**6, kernel.NAME)
+def test_a_forced_kernel_runs_every_m_or_states_why_not() -> None:
+    for kernel in (cpu_int4.KERNEL, slab.KERNEL, reference.KERNEL):
+        choice = choose(PROBLEM, 10**6, kernel.name)
         assert choice.kernel is kernel
         others = [reason for name, reason in choice.refused if name != "triton"]
-        assert others == [f"was not asked for, {kernel.NAME} was"] * 2
-    message = (
-        "cpu_int4 is fast and exact for bfloat16 only; input: float32; triton .*; slab takes it; reference takes it"
-    )
+        assert others == [f"is not used because {kernel.name} is forced"] * 2
+    message = "cpu_int4 requires bfloat16 input; got float32; triton .*; slab can run it; reference can run it"
     with pytest.raises(LlmqError, match=message):
         choose(replace(PROBLEM, dtype=F32), 1, "cpu_int4")
     with pytest.raises(LlmqError, match="kernel must be one of cpu_int4, triton, slab, reference; got 'marlin'"):
         choose(PROBLEM, 1, "marlin")
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.NAME)
-def test_every_kernel_has_the_members_of_one(kernel: Any) -> None:
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_every_kernel_keeps_the_contract(kernel: Kernel) -> None:
     packed = packed_of(weight_of(32, 64, 32, 4, True))
-    assert kernel.NAME
-    assert kernel.most_rows(PROBLEM) is None or kernel.most_rows(PROBLEM) > 0
+    assert [other.name for other in KERNELS].count(kernel.name) == 1
+    assert kernel.max_rows(PROBLEM) is None or kernel.max_rows(PROBLEM) > 0
     if kernel.refusal(problem_of(packed, BF16)):
-        pytest.skip(f"{kernel.NAME} {kernel.refusal(problem_of(packed, BF16))}")
-    bias = torch.arange(32, dtype=BF16)
-    assert torch.equal(kernel.run(torch.zeros(1, 64, dtype=BF16), kernel.prepare(packed), bias)[0], bias)
-    assert kernel.run(torch.zeros(0, 64, dtype=BF16), kernel.prepare(packed)).shape == (0, 32)
+        pytest.skip(f"{kernel.name} {kernel.refusal(problem_of(packed, BF16))}")
+    bias, runtime = torch.arange(32, dtype=BF16), kernel.prepare(packed)
+    assert runtime.out_features == 32
+    assert any(isinstance(getattr(runtime, field.name), Tensor) for field in fields(runtime))
+    assert torch.equal(kernel.run(torch.zeros(1, 64, dtype=BF16), runtime, bias)[0], bias)
+    assert kernel.run(torch.zeros(0, 64, dtype=BF16), runtime).shape == (0, 32)
+
+
+@pytest.mark.parametrize("default", [F16, BF16, torch.float64], ids=str)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_default_dtype_changes_nothing(symmetric: bool, bits: int, default: torch.dtype) -> None:
+    packed = packed_of(weight_of(48, 96, 32, bits, symmetric))
+    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(3)).to(BF16)
+
+    def results() -> list[Tensor]:
+        kernels = [kernel for kernel in KERNELS if kernel.refusal(problem_of(packed, BF16)) is None]
+        assert {"slab", "reference"} <= {kernel.name for kernel in kernels}
+        return [kernel.run(x, kernel.prepare(packed)) for kernel in kernels]
+
+    expected, before = results(), torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        got = results()
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(one, other) for one, other in zip(expected, got, strict=True))

@@ -136,7 +136,7 @@ def test_layouts_are_made_once_and_dropped_when_a_tensor_changes() -> None:
 
 
 def test_the_number_of_rows_decides_in_a_forward() -> None:
-    most = cpu_int4.MOST_ROWS
+    most = cpu_int4.MAX_ROWS
     with torch.no_grad():
         outputs = {name: linear(kernel=name)(rows(most + 1)) for name in ("cpu_int4", "slab")}
         assert not torch.equal(*outputs.values())

@@ -1,4 +1,4 @@
-"""PNGs of a benchmark's record: made from the JSON alone, refused with the remedy where they cannot be."""
+"""PNGs of a benchmark's record: made from the JSON alone, or refused with a remedy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from llmq.bench.kernels import plots
 from llmq.errors import LlmqError
 
-absent = importlib.util.find_spec("matplotlib") is None
+missing = importlib.util.find_spec("matplotlib") is None
 
 
 def record(path: Path, **more: Any) -> Path:
@@ -21,7 +21,7 @@ def record(path: Path, **more: Any) -> Path:
         | {"speedup": None if k == 384 else k / 100}
         for k in range(128, 768, 128)
         for m in (1, 16, 1024)
-        for what in ("triton", "dense", "one that nobody knows")
+        for what in ("triton", "dense", "an unknown kernel")
     ]
     head = {
         "device": "a GPU",
@@ -37,7 +37,7 @@ def record(path: Path, **more: Any) -> Path:
     return path
 
 
-@pytest.mark.skipif(absent, reason="matplotlib is not installed")
+@pytest.mark.skipif(missing, reason="matplotlib is not installed")
 def test_two_figures_of_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
 
@@ -61,32 +61,30 @@ def test_two_figures_of_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             assert all(0 <= y <= high for line in axes.lines for y in line.get_ydata()), "nothing is cut off"
     speedups, shares = saved
     third = next(axes for axes in speedups.axes if "384x64" in axes.get_title())
-    assert len(third.lines) == 1, "the dense line alone: nothing was compared there"
+    assert len(third.lines) == 1, "only the dense line: nothing was compared there"
     triton = next(line for line in shares.axes[0].lines if line.get_color() == plots.STYLES["triton"][0])
     assert list(triton.get_xdata()) == [1, 16, 1024]
     assert list(triton.get_ydata()) == [50.0] * 3
 
 
-@pytest.mark.skipif(absent, reason="matplotlib is not installed")
-def test_what_is_no_record_is_refused(tmp_path: Path) -> None:
+@pytest.mark.skipif(missing, reason="matplotlib is not installed")
+def test_a_file_that_is_not_a_record_is_refused(tmp_path: Path) -> None:
     for path in (record(tmp_path / "kernels-empty.json", rows=[]), tmp_path / "list.json"):
         (tmp_path / "list.json").write_text("[]")
-        with pytest.raises(
-            LlmqError, match="has no rows of a benchmark: give a file that scripts/bench_kernels.py wrote"
-        ):
+        with pytest.raises(LlmqError, match="has no benchmark rows; use a file written by scripts/bench_kernels.py"):
             plots.plot_record(path, tmp_path)
 
 
-@pytest.mark.skipif(absent, reason="matplotlib is not installed")
-def test_half_a_record_is_refused(tmp_path: Path) -> None:
+@pytest.mark.skipif(missing, reason="matplotlib is not installed")
+def test_a_truncated_record_is_refused(tmp_path: Path) -> None:
     path = record(tmp_path / "kernels-x.json")
     path.write_text(path.read_text()[:-20])
-    with pytest.raises(LlmqError, match=r"kernels-x.json is not whole: .*; give a file that"):
+    with pytest.raises(LlmqError, match=r"kernels-x.json is not complete JSON: .*; use a file written by"):
         plots.plot_record(path, tmp_path)
 
 
-def test_remedies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(LlmqError, match=r"there is no kernels-\*.json in .*: run scripts/bench_kernels.py --output"):
+def test_messages_name_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(LlmqError, match=r"has no kernels-\*.json; run scripts/bench_kernels.py --output"):
         plots.records(tmp_path)
     path = record(tmp_path / "kernels-x.json")
     assert plots.records(tmp_path) == [path]

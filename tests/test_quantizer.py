@@ -94,11 +94,11 @@ def test_explain_names_the_kernel_and_the_reasons(tmp_path: Path) -> None:
     rows = llmq.explain(llmq.load(float32_checkpoint(tmp_path / "a", method="rtn", dtype="bfloat16")))
     assert len(rows) == 28
     assert (rows[0].few_rows, rows[0].many_rows) == ("cpu_int4", "slab")
-    assert "512 rows: cpu_int4 is for up to" in str(rows[0])
+    assert "512 rows: cpu_int4 runs at most" in str(rows[0])
     assert "1 row: slab comes after cpu_int4" in str(rows[0])
     exact = llmq.explain(llmq.load(float32_checkpoint(tmp_path / "b", method="rtn")))
     assert (exact[0].few_rows, exact[0].many_rows) == ("slab", "slab")
-    assert "cpu_int4 is fast and exact for bfloat16 only; input: float32" in str(exact[0])
+    assert "cpu_int4 requires bfloat16 input; got float32" in str(exact[0])
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])

@@ -1,4 +1,4 @@
-"""The runtime layout of the GPU kernels: where every code goes, that nothing is lost, and that rows concatenate."""
+"""The runtime layout of the GPU kernels: the place of every code, lossless conversion, concatenation of rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tests.fixtures import drawn
 
 
 def assert_same(a: Packed, b: Packed) -> None:
-    assert (a.rows, a.columns, a.bits, a.group_size) == (b.rows, b.columns, b.bits, b.group_size)
+    assert (a.out_features, a.in_features, a.bits) == (b.out_features, b.in_features, b.bits)
+    assert a.group_size == b.group_size
     assert torch.equal(a.weight, b.weight)
     assert torch.equal(a.scale, b.scale)
     assert (a.zero is None) == (b.zero is None)
@@ -31,7 +32,7 @@ def assert_same(a: Packed, b: Packed) -> None:
     st.integers(0, 99),
     st.sampled_from(layout.BITS),
 )
-def test_any_weight_comes_back_to_the_bit(
+def test_tile_and_untile_are_inverse(
     rows: int, groups: int, size: int | None, symmetric: bool, dtype: torch.dtype, seed: int, bits: int
 ) -> None:
     columns = 13 * groups if size is None else size * groups
@@ -46,7 +47,7 @@ def test_any_weight_comes_back_to_the_bit(
 
 
 @pytest.mark.parametrize("bits", layout.BITS)
-def test_every_code_lies_where_the_docstring_says(bits: int) -> None:
+def test_every_code_is_where_the_docstring_says(bits: int) -> None:
     packed = drawn(70, 200, 200, False, torch.float16, bits=bits)
     tiled, most = layout.tile(packed), (1 << bits) - 1
     codes = [
@@ -74,31 +75,31 @@ def test_padding_has_scale_zero() -> None:
 
 @pytest.mark.parametrize("bits", layout.BITS)
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_rows_of_layers_concatenate(symmetric: bool, bits: int) -> None:
+def test_layers_concatenate_along_rows(symmetric: bool, bits: int) -> None:
     parts = [drawn(rows, 256, 64, symmetric, torch.float16, rows, bits) for rows in (128, 64, 70)]
     got = layout.untile(layout.concatenate([layout.tile(part) for part in parts]))
     assert torch.equal(got.weight, torch.cat([part.weight for part in parts]))
     assert torch.equal(got.scale, torch.cat([part.scale for part in parts]))
-    with pytest.raises(LlmqError, match="but the last must have out_features that 64 divides; got 70"):
+    with pytest.raises(LlmqError, match="out_features must be divisible by 64 for every layer but the last; got 70"):
         layout.concatenate([layout.tile(part) for part in (parts[2], parts[0])])
     others = (
         drawn(64, 256, 32, symmetric, torch.float16, bits=bits),
         drawn(64, 256, 64, symmetric, torch.float16, bits=12 - bits),
     )
     for other in others:
-        with pytest.raises(LlmqError, match="same in_features, bits, group size"):
+        with pytest.raises(LlmqError, match="same in_features, bits, group_size"):
             layout.concatenate([layout.tile(parts[0]), layout.tile(other)])
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"bits": 3}, "takes 4 and 8 bits; these weights have 3"),
-        ({"group_size": 48}, "takes groups of 32, 64, a multiple of 128, or one per channel; these have 48 columns"),
-        ({"scale_dtype": torch.float32}, "takes scales in float16 or bfloat16; these are float32"),
+        ({"bits": 3}, "requires 4 or 8 bits; got 3"),
+        ({"group_size": 48}, "requires group_size 32, 64, a multiple of 128, or one group per channel; got 48"),
+        ({"scale_dtype": torch.float32}, "requires float16 or bfloat16 scales; got float32"),
     ],
 )
-def test_what_has_no_layout_is_refused(change: dict[str, object], reason: str) -> None:
-    asked = {"columns": 192, "group_size": 64, "bits": 4, "scale_dtype": torch.float16}
-    assert layout.refusal(**asked) is None  # type: ignore[arg-type]
-    assert layout.refusal(**asked | change) == reason  # type: ignore[arg-type]
+def test_refusals_state_rule_and_value(change: dict[str, object], reason: str) -> None:
+    arguments = {"in_features": 192, "group_size": 64, "bits": 4, "scale_dtype": torch.float16}
+    assert layout.refusal(**arguments) is None  # type: ignore[arg-type]
+    assert layout.refusal(**arguments | change) == reason  # type: ignore[arg-type]

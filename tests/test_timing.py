@@ -1,12 +1,15 @@
-"""How calls are timed, on a device that is made up: which calls a graph holds, what a time is divided by, who gets counters.
+"""Timing on a fake GPU: which calls a graph has, what a time is divided by, who gets counters.
 
-Only the order of calls and the arithmetic are tested here. Streams, graphs and events of a real GPU need one.
+Only the order of calls and the arithmetic are tested here. Streams, graphs and events of a real GPU are in `test_gpu.py`.
 """
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,8 +28,8 @@ from llmq.kernels.launch import Device, buckets, configure, rows_of, table_of
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
-class Machine:
-    """A clock in microseconds that only calls and replays move."""
+class FakeGpu:
+    """A clock in microseconds that only calls and replays advance."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, call_us: float) -> None:
         self.now, self.call_us = 0.0, call_us
@@ -54,7 +57,7 @@ class Machine:
     def replay(self) -> None:
         self.capturing = False
         self.replays += 1
-        # The second half of the replays is slower: the median is of neither half alone.
+        # The later replays are slower, so that the median depends on all of them.
         self.now += len(self.captured) * self.call_us * (1 if self.replays < 8 else 2)
 
     def event(self, enable_timing: bool) -> Any:
@@ -79,25 +82,25 @@ class Machine:
 def test_a_graph_goes_through_all_copies_in_turn(
     call_us: float, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine = Machine(monkeypatch, call_us)
-    given: list[torch.device] = []
-    monkeypatch.setattr(counters, "forget", given.append)
-    found = timing.measure(machine.calls(8), CUDA, Effort(samples=7))
-    assert found.calls == expected
-    assert machine.captured == [*range(8)] * (expected // 8)
-    assert machine.made == dict.fromkeys(range(8), 1), "warm before the capture"
-    assert machine.replays == 2 + 2 + 7, "the estimate's and the measurement's, each after a warm one"
-    assert given == [CUDA]
-    # Of the last 7 replays 3 take a call's time each, 4 twice as much.
-    assert found.us == pytest.approx(2 * call_us)
-    assert found.spread == pytest.approx(0.5)
-    assert found.output.tolist() == [7]
+    gpu = FakeGpu(monkeypatch, call_us)
+    forgotten: list[torch.device] = []
+    monkeypatch.setattr(counters, "forget", forgotten.append)
+    result = timing.time_calls(gpu.calls(8), CUDA, Effort(samples=7))
+    assert result.calls == expected
+    assert gpu.captured == [*range(8)] * (expected // 8)
+    assert gpu.made == dict.fromkeys(range(8), 1), "a warm-up before the capture"
+    assert gpu.replays == 2 + 2 + 7, "estimate and measurement, each after a warm-up"
+    assert forgotten == [CUDA]
+    # 3 of the last 7 replays take one call's time per call, 4 take twice as much.
+    assert result.us == pytest.approx(2 * call_us)
+    assert result.spread == pytest.approx(0.5)
+    assert result.output.tolist() == [7]
 
 
-def test_more_copies_than_a_graph_has_calls_are_all_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(monkeypatch, 1.0)
-    assert timing.measure(machine.calls(200), CUDA, Effort(samples=2)).calls == 200
-    assert machine.captured == list(range(200))
+def test_all_copies_are_called_even_above_the_maximum_of_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch, 1.0)
+    assert timing.time_calls(gpu.calls(200), CUDA, Effort(samples=2)).calls == 200
+    assert gpu.captured == list(range(200))
 
 
 def test_on_the_cpu_every_copy_runs_in_every_sample(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,11 +108,11 @@ def test_on_the_cpu_every_copy_runs_in_every_sample(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(now))
     made = Counter[int]()
     calls = [lambda index=index: made.update([index]) or torch.tensor([index]) for index in range(8)]
-    found = timing.measure(calls, CPU, Effort(samples=3))
+    result = timing.time_calls(calls, CPU, Effort(samples=3))
     assert made == {0: 4} | dict.fromkeys(range(1, 8), 3)
-    assert found.us == pytest.approx(2.0)
-    assert found.spread == pytest.approx(1.0)
-    assert found.output.tolist() == [7]
+    assert result.us == pytest.approx(2.0)
+    assert result.spread == pytest.approx(1.0)
+    assert result.output.tolist() == [7]
 
 
 def test_copies_are_eight_or_more_and_exceed_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,21 +138,44 @@ def test_the_roofline_is_the_larger_of_two_floors() -> None:
     assert reached.flops > 1e6
 
 
-def test_counters_that_graphs_took_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise later launches would clear counters of their own inside the graph, and a benchmark would time that."""
+def test_counters_of_graphs_can_be_reused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise later launches would zero their own counters inside the graph, and a benchmark would time that."""
     monkeypatch.setattr(counters, "_COUNTERS", {})
     monkeypatch.setattr(counters, "SLAB_COUNTERS", 16)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     counters.reserve(CPU)
-    held = counters._COUNTERS[CPU]
-    slab = held.slab
+    state = counters._COUNTERS[CPU]
+    slab = state.slab
     assert slab is not None
-    first, second = (counters._captured(held, CPU, 6) for _ in range(2))
+    first, second = (counters._captured(state, CPU, 6) for _ in range(2))
     assert (second.data_ptr() - first.data_ptr()) == 8 * 4
-    assert counters._captured(held, CPU, 6).data_ptr() != slab.data_ptr()
+    assert counters._captured(state, CPU, 6).data_ptr() != slab.data_ptr()
     counters.forget(CPU)
-    assert counters._captured(held, CPU, 6).data_ptr() == slab.data_ptr()
+    assert counters._captured(state, CPU, 6).data_ptr() == slab.data_ptr()
     counters.forget(torch.device("meta"))
+
+
+def test_threads_take_distinct_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counters, "_COUNTERS", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    threads, takes, size = 8, 200, 4
+    barrier = threading.Barrier(threads)
+    starts: list[int] = []
+
+    def take(_: int) -> None:
+        barrier.wait()
+        counters.reserve(CPU)
+        state = counters._COUNTERS[CPU]
+        starts.extend([counters._captured(state, CPU, size).storage_offset() for _ in range(takes)])
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(take, range(threads)))
+    finally:
+        sys.setswitchinterval(before)
+    assert sorted(starts) == list(range(0, threads * takes * size, size))
 
 
 def test_a_budget_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +190,7 @@ def test_a_budget_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("device", [Device("sm_90", 132), Device("sm_80", 108), Device("gfx942", 304)])
-def test_candidates_fit_and_hold_what_the_rules_choose(device: Device) -> None:
+def test_candidates_fit_and_start_with_the_rule(device: Device) -> None:
     listed = tuning.tasks(device.arch, ["float16", "bfloat16"], [128, 0], [*tuning.SIZES, (1000, 4160)], [4, 8])
     assert len(set(listed)) == len(listed)
     assert {task.size for task in listed} == set(buckets(device.arch))
@@ -174,10 +200,10 @@ def test_candidates_fit_and_hold_what_the_rules_choose(device: Device) -> None:
     assert {(task.weights, task.size) for task in first} == {(("float16", 4, 128), few)}
     assert {task.bits for task in listed} == {4, 8}
     for task in listed:
-        found = tuning.candidates(device, task)
-        assert configure(device, task.dtype, task.group, task.rows, task.n, task.k, bits=task.bits) == found[0]
-        assert len(set(found)) == len(found) > 3
-        for launch in found:
+        launches = tuning.candidates(device, task)
+        assert configure(device, task.dtype, task.group, task.rows, task.n, task.k, bits=task.bits) == launches[0]
+        assert len(set(launches)) == len(launches) > 3
+        for launch in launches:
             assert launch.bm == task.size
             assert -(-task.n // 64) % (launch.bn // 64) == 0
             assert launch.split <= -(-task.k // 128)
@@ -187,11 +213,11 @@ def test_groups_that_divide_no_shape_are_refused() -> None:
     for group in (5, -1):
         with pytest.raises(LlmqError, match=rf"groups must divide K, or be 0 \(per channel\); got {group} for 128x64"):
             tuning.tasks("sm_90", ["float16"], [group], [(128, 64)])
-    with pytest.raises(LlmqError, match="seconds must be 0 or more; got -5"):
+    with pytest.raises(LlmqError, match="seconds must be at least 0; got -5"):
         Budget(-5)
 
 
-def test_a_table_is_read_back_by_the_launch(tmp_path: Path) -> None:
+def test_a_saved_table_decides_the_launch(tmp_path: Path) -> None:
     device = Device("sm_90", 132)
     row = {
         "dtype": "float16",
@@ -204,19 +230,19 @@ def test_a_table_is_read_back_by_the_launch(tmp_path: Path) -> None:
         "warps": 8,
         "stages": 5,
     }
-    found = tuning.Sweep([row | {"split": 2, "us": 1.0, "m": 1, "error": 0.0, "tried": 3}])
-    found.discarded["OutOfResources: N"] += 2
+    sweep = tuning.Sweep([row | {"split": 2, "us": 1.0, "m": 1, "error": 0.0, "tried": 3}])
+    sweep.discarded["OutOfResources: N"] += 2
     path = tmp_path / "tuned" / "some-gpu.json"
-    tuning.save(path, device, {"device": "some GPU", "measured": "by no one"}, found)
+    tuning.save(path, device, {"device": "some GPU", "measured": "never"}, sweep)
     assert [file.name for file in path.parent.iterdir()] == ["some-gpu.json"]
     table = table_of(device, path.parent)
-    assert table == rows_of(found.rows)
+    assert table == rows_of(sweep.rows)
     launch = configure(device, "float16", 128, 1, 4096, 4096, table)
     assert (launch.bn, launch.warps, launch.stages, launch.split) == (64, 8, 5, 2)
     eight = configure(device, "float16", 128, 1, 4096, 4096, table, bits=8)
-    assert eight == configure(device, "float16", 128, 1, 4096, 4096, bits=8), "another width's row is not taken"
+    assert eight == configure(device, "float16", 128, 1, 4096, 4096, bits=8), "a row of another width is not used"
     assert eight.stages == 3
-    assert tuning.load(path, device).rows == found.rows, "a later sweep goes on here"
-    assert tuning.load(path, device).discarded == found.discarded
+    assert tuning.load(path, device).rows == sweep.rows, "a later sweep continues here"
+    assert tuning.load(path, device).discarded == sweep.discarded
     assert tuning.load(path, Device("sm_80", 108)).rows == []
     assert tuning.load(tmp_path / "none.json", device).rows == []

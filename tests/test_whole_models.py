@@ -1,4 +1,4 @@
-"""Whole models on the Triton kernel say and write what they do on the reference: see `interpreted_models.py`."""
+"""Whole models give the same logits and tokens on the Triton kernel as on the reference: see `interpreted_models.py`."""
 
 from __future__ import annotations
 

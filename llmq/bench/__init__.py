@@ -1,1 +1,1 @@
-"""Measurements: a model as it was beside itself packed, and what Python costs in between; `kernels`: kernels alone."""
+"""Benchmarks of whole models (speed, host time) after correctness checks; `kernels` has those of single kernels."""

@@ -1,7 +1,7 @@
-"""Models of known shapes with random weights, made on the device: to measure speed where there is neither network nor disk.
+"""Models of known shapes with random weights, made on the device: to measure speed without network or disk.
 
-Speed does not depend on what weights say, nor on the base of rotary positions, which is left at transformers' default.
-The weights are drawn as transformers draws those of a fresh model, in the dtype asked for: one copy of it is in memory.
+Speed depends neither on the weights' values nor on the base of rotary positions, which keeps transformers' default. Weights
+are drawn as transformers draws those of a new model, directly in the requested dtype: there is one copy in memory.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def random_model(shape: str, dtype: torch.dtype, device: str, seed: int = 0) -> Any:
-    """A llama of one of `SHAPES` in eval mode. The global generators are left as they were. `LlmqError` for other names."""
+    """A llama of one of `SHAPES` in eval mode. The global generators are not changed. Raises `LlmqError` for an unknown shape."""
     if shape not in SHAPES:
         raise LlmqError(f"shape must be one of {', '.join(SHAPES)}; got {shape!r}")
     config = AutoConfig.for_model("llama", **SHAPES[shape], tie_word_embeddings=False)

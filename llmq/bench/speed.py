@@ -1,11 +1,12 @@
 """Tokens per second of several forms of one model, in turns: prefill, and decode at several batch sizes.
 
-    prefill        one forward over `prefill` tokens, its cache made inside
-    decode eager   forwards of one token each with the cache that the model makes, as `generate` does them
-    decode fast    steps of `llmq.hf.generation.Decoder`: a replayed CUDA graph where there is one, else the same step eagerly
+    prefill        one forward over `prefill` tokens, which makes its cache
+    decode eager   forwards of one token each with the model's own cache, as `generate` runs them
+    decode fast    steps of `llmq.hf.generation.Decoder`: a replayed CUDA graph if possible, else the same step eagerly
 
-Prompts are random ids (speed does not depend on them) and are read before the clock starts. The clock is read when the device
-is done. Medians. The memory that a case takes is the growth of the device's allocated memory in its first, uncounted run.
+Prompts are random ids (speed does not depend on them) and are processed before the clock starts. The clock stops when the
+device is done. Results are medians. The memory of a case is the growth of the device's allocated memory in its first,
+uncounted run.
 """
 
 from __future__ import annotations
@@ -28,19 +29,22 @@ from llmq.hf.generation import Decoder
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured. batches: sequences that are decoded at a time. prefill: tokens of the prompt that is timed.
-    prompt: tokens before those that are decoded. new: tokens decoded in one run. rounds: runs of each case at most.
-    """
+    """The sizes to measure. Raises `LlmqError` for one below 1."""
 
     batches: tuple[int, ...] = (1, 8, 32)
+    """Sequences decoded at a time."""
     prefill: int = 2048
+    """Tokens of the timed prompt."""
     prompt: int = 128
+    """Tokens before the decoded ones."""
     new: int = 32
+    """Tokens decoded in one run."""
     rounds: int = 15
+    """The most runs of each case."""
 
     def __post_init__(self) -> None:
         if not self.batches:
-            raise LlmqError("batches must name at least one number of sequences; got none")
+            raise LlmqError("batches must have at least one number of sequences; got none")
         single = {name: getattr(self, name) for name in ("prefill", "prompt", "new", "rounds")}
         for name, value in {**single, "batches": min(self.batches)}.items():
             if value < 1:
@@ -48,17 +52,25 @@ class Sizes:
 
 
 @dataclass
-class Case:
-    """One form of a model doing one thing. Called, it does it once and returns the seconds that count."""
+class SpeedCase:
+    """One form of a model and one workload. A call runs it once and returns the seconds to count."""
 
     variant: Variant
+    """The form of the model."""
     what: str
+    """prefill or decode."""
     how: str
+    """prefill, eager or fast."""
     batch: int
+    """Sequences."""
     tokens: int
+    """Tokens prefilled or decoded in one run."""
     prompt: int
+    """Tokens before the decoded ones."""
     grown: int | None = None
+    """Growth of the device's allocated memory in the first run, in bytes; None on a CPU."""
     note: str | None = None
+    """How a fast case ran."""
     _decoder: Decoder | None = field(default=None, repr=False)
 
     @torch.inference_mode()
@@ -94,43 +106,45 @@ class Case:
         return time.perf_counter() - began
 
 
-def measure(
+def measure_speed(
     variants: Sequence[Variant], sizes: Sizes, seconds: float
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of what was measured, and of what was not, with the reason, in `seconds` in all."""
+    """(rows of the measured cases, rows of the others with the reason), within `seconds` in total."""
     groups, missing = [], []
     for what, how, batch, tokens in planned(variants, sizes):
-        group = [Case(variant, what, how, batch, tokens, sizes.prompt) for variant in variants]
+        group = [SpeedCase(variant, what, how, batch, tokens, sizes.prompt) for variant in variants]
         try:
             if how == "fast":
-                Decoder(variants[0].model, 1, 2)  # refused here, where it is
+                Decoder(variants[0].model, 1, 2)  # raises here if it cannot decode this model
             groups.append(group)
         except LlmqError as error:
             missing.append({"what": what, "how": how, "batch": batch, "why": str(error)})
     times = in_turns(groups, seconds, sizes.rounds)
     rows: list[dict[str, Any]] = []
-    for group, found in zip(groups, times, strict=True):
-        if not found[0]:
+    for group, group_times in zip(groups, times, strict=True):
+        if not group_times[0]:
             case = group[0]
-            why = f"no time was left of {seconds:.0f} s: give more seconds, or ask for less"
+            why = f"no time left of {seconds:.0f} s; raise seconds or measure fewer cases"
             missing.append({"what": case.what, "how": case.how, "batch": case.batch, "why": why})
             continue
-        first = statistics.median(found[0])
-        rows += [row_of(case, timed, first) for case, timed in zip(group, found, strict=True)]
+        first = statistics.median(group_times[0])
+        rows += [row_of(case, timed, first) for case, timed in zip(group, group_times, strict=True)]
     return rows, missing
 
 
 def planned(variants: Sequence[Variant], sizes: Sizes) -> list[tuple[str, str, int, int]]:
-    """(what, how, batch, tokens) of each case. `LlmqError` where the model's context is too short to decode."""
+    """(what, how, batch, tokens) of each case. Raises `LlmqError` if the model's context is too short to decode."""
     context = context_length(variants[0].model) or sizes.prefill + sizes.prompt + sizes.new
     if sizes.prompt + sizes.new >= context:
-        raise LlmqError(f"prompt + new must be below the model's context of {context}; got {sizes.prompt + sizes.new}")
+        raise LlmqError(
+            f"prompt + new must be below the model's context length {context}; got {sizes.prompt + sizes.new}"
+        )
     listed = [("prefill", "prefill", 1, min(sizes.prefill, context))]
     return listed + [("decode", how, batch, sizes.new) for batch in sizes.batches for how in ("eager", "fast")]
 
 
-def row_of(case: Case, times: Sequence[float], first: float) -> dict[str, Any]:
-    """JSON values. speedup: over the first of its group."""
+def row_of(case: SpeedCase, times: Sequence[float], first: float) -> dict[str, Any]:
+    """JSON values. speedup: over the first form of its group."""
     median = statistics.median(times)
     steps = 1 if case.what == "prefill" else case.tokens
     return {

@@ -88,7 +88,7 @@ def _explained(name: str, module: QuantLinear, dtype: torch.dtype, rows: int) ->
     fused: tuple[str, ...] = ()
     if isinstance(module.fusion, FusedLinears):
         stacked = module.fusion.stacked.choice(dtype, rows)
-        if stacked.kernel.JOINS:
+        if stacked.kernel.supports_fusion:
             few, linear = stacked, module.fusion.stacked
             fused = tuple(member.rpartition(".")[2] for member in module.fusion.names)
     grid = module.scheme.weight
@@ -96,11 +96,11 @@ def _explained(name: str, module: QuantLinear, dtype: torch.dtype, rows: int) ->
     return Explanation(
         name,
         f"int{grid.bits} {size} {'sym' if grid.symmetric else 'asym'}",
-        few.kernel.NAME,
-        many.kernel.NAME,
+        few.kernel.name,
+        many.kernel.name,
         _reasons(few, many, rows),
         rows,
-        few.kernel.launch_of(linear.problem(dtype), rows, linear.device),
+        few.kernel.describe_launch(linear.problem(dtype), rows, linear.device),
         fused,
     )
 
@@ -148,19 +148,19 @@ def warmup(model: nn.Module, rows: int | Sequence[int] = 1, dtype: torch.dtype |
         for linear in _linears_to_run(model, dtype, count):
             problem = linear.problem(dtype)
             kernel = linear.choice(dtype, count).kernel
-            launch = kernel.launch_of(problem, count, linear.device)
+            launch = kernel.describe_launch(problem, count, linear.device)
             biased = linear._bias(dtype) is not None
-            key = (kernel.NAME, problem, launch or count, linear.device, biased)
+            key = (kernel.name, problem, launch or count, linear.device, biased)
             if key not in done:
                 seconds = _timed_run(linear, count, dtype)
-                done[key] = Warmed(kernel.NAME, count, problem.rows, problem.columns, launch, seconds)
+                done[key] = Warmed(kernel.name, count, problem.out_features, problem.in_features, launch, seconds)
     return list(done.values())
 
 
 def _linears_to_run(model: nn.Module, dtype: torch.dtype, rows: int) -> Iterator[QuantLinear]:
     """What a forward runs for M = `rows`: stacked linears where their kernel can fuse, all others one by one."""
     stacked = [group.stacked for group in fused_linears(model)]
-    stacked = [linear for linear in stacked if linear.choice(dtype, rows).kernel.JOINS]
+    stacked = [linear for linear in stacked if linear.choice(dtype, rows).kernel.supports_fusion]
     covered = {id(member) for linear in stacked for member in linear.members}
     yield from stacked
     for module in model.modules():

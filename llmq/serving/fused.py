@@ -10,7 +10,7 @@ the others' columns, each to be taken once. They are found by the identity of x,
 was written to, or was replaced by another thread's. They are dropped when x is freed (but not in a compiled forward).
 
 Stored tensors stay with each linear, so state dicts, saving, moving and loading are unaffected. Only the layout that a
-kernel makes is shared (`Kernel.JOINS`) and takes the place of the members' own. Kernels that read the stored tensors
+kernel makes is shared (`Kernel.supports_fusion`) and takes the place of the members' own. Kernels that read the stored tensors
 directly would gain nothing and need a copy; there the linears run one by one. Outputs are the same bits where a kernel
 computes a weight row independently of the number of rows. The Triton kernel splits sums by that number and then rounds
 differently.
@@ -109,7 +109,7 @@ class StackedLinear(QuantLinear):
         """y [.., N of all members]; None where the kernel for x cannot fuse."""
         x = cast_by_autocast(x)
         kernel = self._kernel_for(x)
-        return self._run_kernel(kernel, x) if kernel.JOINS else None
+        return self._run_kernel(kernel, x) if kernel.supports_fusion else None
 
     def problem(self, dtype: torch.dtype) -> Problem:
         return replace(super().problem(dtype), scale_dtype=self.members[0].weight_scale.dtype)
@@ -117,7 +117,7 @@ class StackedLinear(QuantLinear):
     def ready(self, dtype: torch.dtype, rows: int = 1) -> None:
         """As `QuantLinear.ready`; where the kernel cannot fuse, make the members' layouts."""
         kernel = self._kernel(dtype, rows, self.device)
-        if kernel.JOINS:
+        if kernel.supports_fusion:
             self._layout(kernel)
             self._bias(dtype)
         else:
@@ -129,10 +129,10 @@ class StackedLinear(QuantLinear):
         zeros = [part.zero for part in parts if part.zero is not None]
         return replace(
             parts[0],
-            rows=self.out_features,
+            out_features=self.out_features,
             weight=torch.cat([part.weight for part in parts]),
             scale=torch.cat([part.scale for part in parts]),
-            zero=_zeros(zeros, [part.rows for part in parts], self.scheme.weight.bits) if zeros else None,
+            zero=_zeros(zeros, [part.out_features for part in parts], self.scheme.weight.bits) if zeros else None,
             parts=tuple(parts),
         )
 

@@ -27,8 +27,9 @@ from llmq.core.quantized import QuantizedWeight
 from llmq.core.scheme import Scheme, scheme_of
 from llmq.errors import LlmqError
 from llmq.formats import IN_MEMORY
-from llmq.kernels.problem import Kernel, Packed, Problem
-from llmq.kernels.registry import Choice, Step, choose, steps
+from llmq.kernels.kernel import Kernel, RuntimeLayout
+from llmq.kernels.problem import Packed, Problem
+from llmq.kernels.registry import KERNELS, Choice, KernelRange, choose, kernel_ranges
 
 
 class Fusion(Protocol):
@@ -58,6 +59,8 @@ class QuantLinear(nn.Module):
     Raises `LlmqError` for a scheme that quantizes activations or that the in-memory format refuses.
     """
 
+    kernels: tuple[Kernel, ...] = KERNELS
+    """The candidates in order of preference; `kernels_overridden` replaces them."""
     weight_packed: nn.Parameter
     weight_scale: nn.Parameter
     weight_shape: nn.Parameter
@@ -135,20 +138,20 @@ class QuantLinear(nn.Module):
     def problem(self, dtype: torch.dtype) -> Problem:
         """The matmul that a kernel must run for x of `dtype`."""
         return Problem(
-            rows=self.out_features,
-            columns=self.in_features,
+            out_features=self.out_features,
+            in_features=self.in_features,
             bits=self.scheme.weight.bits,
             group_size=self.scheme.weight.columns_per_group(self.in_features),
             symmetric=self.scheme.weight.symmetric,
             scale_dtype=self.weight_scale.dtype,
             dtype=dtype,
             device=self.device.type,
-            streamed=self.offloaded,
+            offloaded=self.offloaded,
         )
 
     def choice(self, dtype: torch.dtype, rows: int) -> Choice:
         """The kernel that runs `rows` rows of x in `dtype`, and why the others do not."""
-        return choose(self.problem(dtype), rows, self.kernel)
+        return choose(self.problem(dtype), rows, self.kernel, self.kernels)
 
     def quantized_weight(self) -> QuantizedWeight:
         """The weight as codes, scales and zeros. Raises `LlmqError` where stored tensors contradict each other."""
@@ -165,26 +168,26 @@ class QuantLinear(nn.Module):
     def _kernel(self, dtype: torch.dtype, rows: int, device: torch.device) -> Kernel:
         """The kernel for `rows` rows of x in `dtype` on `device`."""
         key = (dtype, device, self.offloaded)
-        candidates = self._steps.get(key)
-        if candidates is None:
+        ranges = self._ranges.get(key)
+        if ranges is None:
             if not dtype.is_floating_point:
                 raise LlmqError(f"the input must be floating; got {dtype}")
             if device != self.device:
                 raise LlmqError(
                     f"input and weight must be on one device; the weight is on {self.device}, x on {device}"
                 )
-            candidates = self._steps[key] = steps(self.problem(dtype), self.kernel)
-        for step in candidates:
-            if step.most_rows is None:
-                return step.kernel
-            missing = torch.compiler.is_compiling() and self._cached_layout(step.kernel) is None
-            if rows <= step.most_rows and not missing:
-                return step.kernel
-        raise AssertionError("the last step has no limit")
+            ranges = self._ranges[key] = kernel_ranges(self.problem(dtype), self.kernel, self.kernels)
+        for candidate in ranges:
+            if candidate.max_rows is None:
+                return candidate.kernel
+            missing = torch.compiler.is_compiling() and self._cached_layout(candidate.kernel) is None
+            if rows <= candidate.max_rows and not missing:
+                return candidate.kernel
+        raise AssertionError("the last kernel has no limit")
 
-    def _cached_layout(self, kernel: Kernel) -> Any:
+    def _cached_layout(self, kernel: Kernel) -> RuntimeLayout | None:
         """A kernel's layout, if one was made from the tensors that the module holds now; else None."""
-        cached = self._layouts.get(kernel.NAME)
+        cached = self._layouts.get(kernel.name)
         if cached is None:
             return None
         return cached[1] if all(map(is_, cached[0], self._stored())) else None
@@ -205,7 +208,7 @@ class QuantLinear(nn.Module):
         bias = self._parameters["bias"]
         return bias if bias is None or bias.dtype == dtype else bias.to(dtype)
 
-    def _layout(self, kernel: Kernel) -> Any:
+    def _layout(self, kernel: Kernel) -> RuntimeLayout:
         """The kernel's layout: the cached one, or a new one."""
         layout = self._cached_layout(kernel)
         if layout is not None:
@@ -213,14 +216,14 @@ class QuantLinear(nn.Module):
         with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode cannot be used outside it
             layout = kernel.prepare(self.packed())
         if not self.offloaded:
-            self._layouts[kernel.NAME] = (self._stored(), layout)
+            self._layouts[kernel.name] = (self._stored(), layout)
         return layout
 
     def _drop_caches(self) -> None:
         if self.fusion is not None:
             self.fusion.drop_caches()
-        self._steps: dict[tuple[object, ...], tuple[Step, ...]] = {}
-        self._layouts: dict[str, tuple[tuple[Tensor | None, ...], Any]] = {}
+        self._ranges: dict[tuple[object, ...], tuple[KernelRange, ...]] = {}
+        self._layouts: dict[str, tuple[tuple[Tensor | None, ...], RuntimeLayout]] = {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Move every tensor, and cast all but the scales, whose dtype is part of the scheme."""
@@ -245,7 +248,7 @@ class QuantLinear(nn.Module):
         super()._load_from_state_dict(state_dict, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_steps": {}, "_layouts": {}}
+        return {**self.__dict__, "_ranges": {}, "_layouts": {}}
 
     def extra_repr(self) -> str:
         grid = self.scheme.weight
@@ -268,6 +271,22 @@ def cast_by_autocast(x: Tensor) -> Tensor:
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
+
+
+@contextmanager
+def kernels_overridden(linears: Sequence[QuantLinear], kernels: Sequence[Kernel]) -> Iterator[None]:
+    """Within the context, `linears` choose among `kernels` instead of the registry's. Layouts are reused by kernel name."""
+    before = [vars(linear).pop("kernels", None) for linear in linears]
+    try:
+        for linear in linears:
+            linear.kernels, linear._ranges = tuple(kernels), {}
+        yield
+    finally:
+        for linear, own in zip(linears, before, strict=True):
+            vars(linear).pop("kernels", None)
+            linear._ranges = {}
+            if own is not None:
+                linear.kernels = own
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""What `scripts/bench_kernels.py` and `scripts/tune_kernels.py` do: kernels held against float64, timed beside rivals, tuned."""
+"""Benchmarks of single kernels: compared with float64, timed beside rivals, launches tuned, machine code checked."""

@@ -1,13 +1,13 @@
-"""Every kernel against float64 on one device, on the shapes where kernels go wrong: what `bench_kernels.py --check-only` runs.
+"""Every kernel against float64 on one device, on the shapes where kernels go wrong. `bench_kernels.py --check-only` runs it.
 
 A case is a weight and the numbers of rows that it is multiplied with, 0 to 1024: groups of 32, 64, 128, 256 and one per
-channel, float16 and bfloat16, symmetric and asymmetric. Two shapes each: a regular one of 4 bits, deep enough that K is
-split, and an odd one (N and K that no tile divides) of 4 and of 8; 2 and 3 bits for the kernels that take them. Asymmetric
-cases have a bias. Fresh memory is filled with NaN, so that what is not written shows; every product is computed twice and
-must have the same bits. On CUDA the product of 1 and 16 rows is also captured in a graph and replayed.
+channel, float16 and bfloat16, symmetric and asymmetric. Each has a regular 4-bit shape, deep enough that K is split, and an
+odd one (N and K that no tile divides) with 4 and with 8 bits; 2 and 3 bits for the kernels that take them. Asymmetric cases
+have a bias. Fresh memory is filled with NaN, so that an element that is not written shows. Every product is computed twice
+and must be bit-equal. On CUDA the products of 1 and 16 rows are also captured in a graph and replayed.
 
-Kernels are compiled by the process that runs a case: `jobs` processes share the cases, and what they compile is in Triton's
-cache for everyone after. Left out: devices beside each other, streams beside each other.
+The process that runs a case compiles its kernels: `jobs` processes share the cases, and what they compile is in Triton's
+cache for later processes. Left out: several devices, several streams.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from llmq.bench.kernels.benchmark import problem_of
-from llmq.bench.kernels.timing import SELF_TEST, Budget, measure
+from llmq.bench.kernels.contenders import problem_of
+from llmq.bench.kernels.timing import SELF_TEST, Budget, time_calls
 from llmq.bench.kernels.truth import Truth, draw, draw_input, judge, truth
 from llmq.kernels import reference
-from llmq.kernels.problem import Kernel
+from llmq.kernels.kernel import Kernel, RuntimeLayout
 from llmq.kernels.registry import KERNELS
 
 GROUPS = (32, 64, 128, 256, 0)
@@ -40,20 +40,25 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Case:
-    """A weight [n, k] and the Ms that it meets. group: columns per scale, 0 per channel. dtype: of x and the scales.
-
-    graphs: whether products are replayed from CUDA graphs, too.
-    """
+class KernelCase:
+    """A weight [n, k] and the numbers of rows of x that it is multiplied with."""
 
     n: int
+    """Rows of the weight."""
     k: int
+    """Columns of the weight."""
     group: int
+    """Columns per scale; 0 per channel."""
     dtype: str
+    """Of x and the scales: float16 or bfloat16."""
     symmetric: bool
+    """Whether the weight has no zero points. If it has them, there is a bias too."""
     bits: int
+    """Of a weight code."""
     rows: tuple[int, ...]
+    """M."""
     graphs: bool = False
+    """Whether products are also replayed from CUDA graphs."""
 
     def __str__(self) -> str:
         zeros = "sym" if self.symmetric else "asym"
@@ -62,83 +67,98 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """case, dtype, bits: of the weight. products: how many were judged. error: the largest of theirs (`truth.Verdict`).
-    wrong: what failed, in words.
-    """
+    """The result of one case."""
 
     case: str
+    """The case as text."""
     dtype: str
+    """Of x and the scales."""
     bits: int
+    """Of a weight code."""
     kernels: tuple[str, ...]
+    """The kernels that took the problem."""
     products: int
+    """How many results were compared."""
     error: float
+    """The largest error among them (`truth.Verdict`)."""
     wrong: tuple[str, ...]
+    """Every failure, as text."""
 
 
-def cases(small: bool) -> list[Case]:
-    """All of them; small: one shape and few rows each, for Triton's interpreter and for compute-sanitizer.
+def cases(small: bool) -> list[KernelCase]:
+    """All cases. small: one shape and few rows each, for Triton's interpreter and for compute-sanitizer.
 
-    The latter sees all of what is read out of bounds only where torch does not cache memory, and then no graph can be captured.
+    compute-sanitizer sees every out-of-bounds read only if torch does not cache memory; then no graph can be captured.
     """
-    found = []
+    listed = []
     for symmetric in (True, False):
         for dtype in DTYPES:
             for group in GROUPS:
                 odd = (70, 37 if group == 0 else 5 * group)  # per channel K may be anything
                 few = (80, 37 if group == 0 else group * -(-160 // group))
-                listed = [(*few, 4)] if small else [(320, 2048, 4), (*odd, 4), (*odd, 8)]
-                for n, k, bits in listed:
-                    found.append(Case(n, k, group, dtype, symmetric, bits, FEW_ROWS if small else ROWS, not small))
+                shapes = [(*few, 4)] if small else [(320, 2048, 4), (*odd, 4), (*odd, 8)]
+                rows = FEW_ROWS if small else ROWS
+                listed += [KernelCase(n, k, group, dtype, symmetric, bits, rows, not small) for n, k, bits in shapes]
     for bits in (2, 3, 8):
-        found.append(Case(70, 160, 32, "float16", bits != 3, bits, FEW_ROWS))
-        found.append(Case(65, 384, 128, "bfloat16", bits == 3, bits, FEW_ROWS))
-    return found
+        listed.append(KernelCase(70, 160, 32, "float16", bits != 3, bits, FEW_ROWS))
+        listed.append(KernelCase(65, 384, 128, "bfloat16", bits == 3, bits, FEW_ROWS))
+    return listed
 
 
-def check(case: Case, device: str, seed: int) -> Outcome:
-    """Run a case on a device, with inputs drawn from a seed, on every kernel that takes it."""
+def check_case(case: KernelCase, device: str, seed: int, repeats: int = 2) -> Outcome:
+    """Run a case on a device, with inputs drawn from a seed, on every kernel that takes it.
+
+    repeats: how often each product is computed; all results must be bit-equal.
+    """
     place, dtype = torch.device(device), getattr(torch, case.dtype)
     generator = torch.Generator(place).manual_seed(seed)
     packed = draw(generator, case.n, case.k, case.group or case.k, case.symmetric, dtype, case.bits)
     x = draw_input(generator, max(case.rows), case.k, dtype)
     bias = None if case.symmetric else draw_input(generator, 1, case.n, dtype)[0]
-    wanted, problem = truth(x, packed, bias), problem_of(packed, dtype)
+    expected, problem = truth(x, packed, bias), problem_of(packed, dtype)
     names, wrong, worst = [], [], 0.0
     for kernel in KERNELS:
-        if kernel is reference or kernel.refusal(problem) is not None:
+        if kernel.name == reference.KERNEL.name or kernel.refusal(problem) is not None:
             continue
-        names.append(kernel.NAME)
-        # Whatever a compiler or a driver raises is this case's result; the others are still run.
+        names.append(kernel.name)
+        # Any error of a compiler or a driver is this case's result; the other cases still run.
         try:
             with poisoned():
                 runtime = kernel.prepare(packed)
                 for rows in case.rows:
-                    error, found = _once(kernel, x[:rows], runtime, bias, wanted, case.graphs)
+                    error, failures = _check_product(kernel, x[:rows], runtime, bias, expected, repeats, case.graphs)
                     worst = max(worst, error)
-                    wrong += [f"{kernel.NAME} M={rows} {why}" for why in found]
+                    wrong += [f"{kernel.name} M={rows} {failure}" for failure in failures]
         except Exception as error:
-            wrong.append(f"{kernel.NAME}: {type(error).__name__}: {str(error)[:300]}")
+            wrong.append(f"{kernel.name}: {type(error).__name__}: {str(error)[:300]}")
     return Outcome(str(case), case.dtype, case.bits, tuple(names), len(case.rows) * len(names), worst, tuple(wrong))
 
 
-def _once(
-    kernel: Kernel, x: Tensor, runtime: Any, bias: Tensor | None, wanted: Truth, graphs: bool
+def _check_product(
+    kernel: Kernel,
+    x: Tensor,
+    runtime: RuntimeLayout,
+    bias: Tensor | None,
+    expected: Truth,
+    repeats: int,
+    graphs: bool,
 ) -> tuple[float, list[str]]:
+    """(error, failures) of one product, computed `repeats` times."""
     y = kernel.run(x, runtime, bias)
-    verdict = judge(y, wanted)
+    verdict = judge(y, expected)
     wrong = [] if verdict.wrong is None else [verdict.wrong]
-    if not torch.equal(y, kernel.run(x, runtime, bias)):
-        wrong.append("gives other bits the second time")
+    if not all(torch.equal(y, kernel.run(x, runtime, bias)) for _ in range(repeats - 1)):
+        wrong.append("is not bit-equal when repeated")
     if graphs and len(x) in REPLAYED and x.device.type == "cuda":
-        replayed = measure([lambda: kernel.run(x, runtime, bias)], x.device, SELF_TEST).output
+        replayed = time_calls([lambda: kernel.run(x, runtime, bias)], x.device, SELF_TEST).output
         if not torch.equal(y, replayed):
-            wrong.append("gives other bits in a CUDA graph")
+            wrong.append("is not bit-equal in a CUDA graph")
     return (verdict.error if verdict.wrong is None else 0.0), wrong
 
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Fresh memory is filled with NaN. cuBLAS would refuse to run in this mode, if it did not only warn."""
+    """While open, fresh memory is filled with NaN. torch only warns about operations that are not deterministic."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -151,9 +171,9 @@ def poisoned() -> Iterator[None]:
 def spread(
     work: Callable[[Item], Result], items: Sequence[Item], jobs: int, seconds: float
 ) -> Iterator[tuple[Item, Result]]:
-    """(item, result) in order, from `jobs` fresh processes, or from this one where jobs is 1; what is there after `seconds`.
+    """(item, result) in order, from `jobs` fresh processes (from this one if jobs is 1): the results ready within `seconds`.
 
-    Processes that are still at work then are ended: they would disturb what is timed next. One that died counts as such.
+    Processes that still run then are terminated: they would disturb the next timings. One that died counts as not ready.
     """
     budget = Budget(seconds)
     if jobs < 2:

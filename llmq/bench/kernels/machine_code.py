@@ -1,11 +1,11 @@
 """Compile a launch of the GPU kernels for a named architecture, without a GPU, and read the machine code.
 
-Needs triton alone (its wheel has the assembler and both disassemblers), no torch: what CI can gate on every machine.
-Triton must not interpret in the process: under TRITON_INTERPRET=1 nothing can be compiled.
+This needs only triton (its wheel has the assembler and both disassemblers), not torch, so CI can check every launch on any
+machine. Triton must not interpret in the process: nothing can be compiled under TRITON_INTERPRET=1.
 
-What is read of the loop over K, the only loop with tensor-core instructions: how many instructions it has for each weight
-(loop instructions * threads / weights that one turn takes), its loads of less than 8 bytes, its stores to shared memory.
-Registers, shared memory and what is spilled come from the assembler, for AMD from the kernel's own metadata.
+The loop over K is the only loop with tensor-core instructions. Read from it: instructions per weight (loop instructions *
+threads / weights of one iteration), loads of less than 8 bytes, stores to shared memory. Registers, shared memory and spills
+come from the assembler, for AMD from the kernel's own metadata.
 """
 
 from __future__ import annotations
@@ -31,20 +31,26 @@ POINTERS = ("x", "words", "scales", "zeros", "bias", "y", "partials", "counters"
 
 
 @dataclass(frozen=True)
-class Case:
-    """One compiled specialization. arch: sm_NN or gfxNNN. dtype: fp16 or bf16. group: columns per scale, 0 per channel."""
+class MatmulCase:
+    """One specialization of the matmul kernel to compile."""
 
     arch: str
+    """sm_NN or gfxNNN."""
     dtype: str
+    """fp16 or bf16."""
     group: int
+    """Columns per scale; 0 per channel."""
     symmetric: bool
+    """Whether weights have no zero points."""
     launch: Launch
+    """The launch configuration."""
     bits: int = 4
+    """Of a weight code."""
 
 
 @dataclass(frozen=True)
-class Unpacking:
-    """One compiled specialization of the dequantize kernel; fields as in `Case`. Scales have the output's dtype."""
+class DequantCase:
+    """One specialization of the dequantize kernel to compile; fields as in `MatmulCase`. Scales have the output's dtype."""
 
     arch: str
     dtype: str
@@ -54,36 +60,38 @@ class Unpacking:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What the machine code says. product: the tensor-core instruction. per_weight: loop instructions.
-
-    Of the dequantize kernel, which has no loop, all instructions are read.
-
-    narrow: loads of global memory in the loop of less than 8 bytes. stored: stores to shared memory in the loop.
-    stack: bytes of local memory, or spilled registers on AMD.
-    """
+class MachineCode:
+    """The properties of a compiled kernel. The dequantize kernel has no loop: there all instructions count."""
 
     registers: int
+    """Of a thread."""
     stack: int
+    """Bytes of local memory, or spilled registers on AMD."""
     shared: int
+    """Bytes of shared memory of a block."""
     product: str
+    """The tensor-core instruction."""
     per_weight: float
+    """Loop instructions per weight."""
     narrow: int
+    """Loads of less than 8 bytes of global memory in the loop."""
     stored: int
+    """Stores to shared memory in the loop."""
     conversions: int
+    """Conversions of integers to floats."""
 
 
-def read(case: Case | Unpacking) -> Report:
-    """Compile a case and read it. `LlmqError` where Triton interprets."""
+def read(case: MatmulCase | DequantCase) -> MachineCode:
+    """Compile a case and read its machine code. Raises `LlmqError` while Triton interprets."""
     reader = _amd if case.arch.startswith("gfx") else _nvidia
-    if isinstance(case, Case):
-        return reader(compile_case(case), case.arch, case.launch.warps, 128 * case.launch.bn, False)
+    if isinstance(case, MatmulCase):
+        return reader(compile_matmul(case), case.arch, case.launch.warps, 128 * case.launch.bn, False)
     from llmq.kernels._wna16_dequant import ROWS, WARPS
 
-    return reader(compile_unpacking(case), case.arch, WARPS, ROWS * 512, True)
+    return reader(compile_dequant(case), case.arch, WARPS, ROWS * 512, True)
 
 
-def compile_unpacking(case: Unpacking) -> Any:
+def compile_dequant(case: DequantCase) -> Any:
     """Triton's compiled kernel, as `llmq.kernels.dequant` would launch it for K divisible by 512."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -102,7 +110,7 @@ def compile_unpacking(case: Unpacking) -> Any:
     return triton.compile(source, target=_target(case.arch, GPUTarget), options=options)
 
 
-def compile_case(case: Case) -> Any:
+def compile_matmul(case: MatmulCase) -> Any:
     """Triton's compiled kernel, as `llmq.kernels.wna16` would launch it."""
     import triton
     from triton import language as tl
@@ -112,7 +120,7 @@ def compile_case(case: Case) -> Any:
     from llmq.kernels._wna16_swap import wna16_swap
 
     if not hasattr(wna16_swap, "cache_key"):
-        raise LlmqError("nothing can be compiled while Triton interprets: unset TRITON_INTERPRET")
+        raise LlmqError("Triton cannot compile while it interprets; unset TRITON_INTERPRET")
     launch, element = case.launch, f"*{case.dtype}"
     types = dict.fromkeys(POINTERS, element) | dict.fromkeys(("words", "scales", "zeros", "counters"), "*i32")
     types |= {"partials": "*fp32"} | dict.fromkeys(("M", "N", "K", "stride", "tiles"), "i32")
@@ -143,7 +151,7 @@ def _target(arch: str, make: Any) -> Any:
     return make("hip", arch, 64 if arch.startswith("gfx9") else 32)
 
 
-def _nvidia(compiled: Any, arch: str, warps: int, weights: int, whole: bool) -> Report:
+def _nvidia(compiled: Any, arch: str, warps: int, weights: int, whole: bool) -> MachineCode:
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -156,7 +164,7 @@ def _nvidia(compiled: Any, arch: str, warps: int, weights: int, whole: bool) -> 
     names = Counter(name for name, _ in loop)
     roots = Counter(name.split(".")[0] for name, _ in loop)
     loads = {name: n for name, n in names.items() if name.split(".")[0] in ("LDG", "LDGSTS")}
-    return Report(
+    return MachineCode(
         registers=_number(r"REG:(\d+)", used),
         stack=_number(r"STACK:(\d+)", used) + len(re.findall(r"\b(?:LDL|STL)\b", code)),
         shared=compiled.metadata.shared,
@@ -171,23 +179,23 @@ def _nvidia(compiled: Any, arch: str, warps: int, weights: int, whole: bool) -> 
 def k_loop(
     code: str, label: re.Pattern[str] = LABEL, one: re.Pattern[str] = INSTRUCTION, whole: bool = False
 ) -> list[tuple[str, str]]:
-    """(name, operands) of the instructions of the loop with the most tensor-core instructions in a listing, or of all."""
+    """(name, operands) of the instructions of the loop with the most tensor-core instructions, or of the whole listing."""
     labels: dict[str, int] = {}
-    found: list[tuple[str, str]] = []
+    instructions: list[tuple[str, str]] = []
     loops: list[list[tuple[str, str]]] = []
     for line in code.splitlines():
         here = label.match(line)
         if here:
-            labels[here[1]] = len(found)
+            labels[here[1]] = len(instructions)
         instruction = one.search(line) if one is INSTRUCTION else one.fullmatch(line)
         if instruction:
-            found.append((instruction[1], instruction[2]))
+            instructions.append((instruction[1], instruction[2]))
             target = re.search(r"\.L\w+", instruction[2]) if re.match(r"BRA|s_c?branch", instruction[1]) else None
             if target and target[0] in labels:
-                loops.append(found[labels[target[0]] :])
+                loops.append(instructions[labels[target[0]] :])
     if whole:
-        return found
-    # Of nested loops the inner one, which is the shorter.
+        return instructions
+    # Of nested loops take the inner one, which is shorter.
     return max(loops, key=lambda loop: (_products(loop), -len(loop)), default=[])
 
 
@@ -195,12 +203,12 @@ def _products(loop: list[tuple[str, str]]) -> int:
     return sum(name.split(".")[0].startswith(PRODUCTS) for name, _ in loop)
 
 
-def _amd(compiled: Any, arch: str, warps: int, weights: int, whole: bool) -> Report:
+def _amd(compiled: Any, arch: str, warps: int, weights: int, whole: bool) -> MachineCode:
     code = compiled.asm["amdgcn"]
     loop = k_loop(code, AMD_LABEL, AMD_INSTRUCTION, whole)
     names = [name for name, _ in loop]
     product = next((root[2:] for root in PRODUCTS for name in names if name.startswith(root)), "none")
-    return Report(
+    return MachineCode(
         registers=_number(r"\.vgpr_count:\s+(\d+)", code),
         stack=_number(r"\.vgpr_spill_count:\s+(\d+)", code) + _number(r"\.private_segment_fixed_size:\s+(\d+)", code),
         shared=compiled.metadata.shared,
@@ -215,10 +223,10 @@ def _amd(compiled: Any, arch: str, warps: int, weights: int, whole: bool) -> Rep
 
 
 def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    if found is None:
-        raise LlmqError(f"the compiler's output has no {pattern}: this version of Triton is not known")
-    return int(found[1])
+    match = re.search(pattern, text)
+    if match is None:
+        raise LlmqError(f"the compiler's output has no {pattern}: this version of Triton is not supported")
+    return int(match[1])
 
 
 def _run(*command: object) -> str:

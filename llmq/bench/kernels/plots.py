@@ -1,8 +1,7 @@
-"""PNGs of what `scripts/bench_kernels.py` wrote: speed-up over the dense matmul and share of the roofline, against M.
+"""PNGs of the records of `scripts/bench_kernels.py`: speed-up over the dense matmul and share of the roofline, against M.
 
-One figure of each kind for a record, a panel for each shape. The kernel that llmq runs at an M has a filled marker. Only the
-JSON is read: what the record says of device, versions and whether it is a self-test stands on the figure. Needs matplotlib,
-`pip install 'llmq[plots]'`; nothing else of llmq does.
+One figure of each kind per record, one panel per shape. A filled marker is the kernel that llmq runs at that M. Only the JSON
+is read; its device, versions and self-test flag are printed on the figure. Needs matplotlib (`pip install 'llmq[plots]'`).
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 
 from llmq.errors import LlmqError
 
-STYLES = {  # colour, line, marker; colours that the colour-blind tell apart
+STYLES = {  # colour, line, marker; distinguishable for the colour-blind
     "triton": ("#0072B2", "-", "o"),
     "slab": ("#56B4E9", "--", "s"),
     "cpu_int4": ("#0072B2", "-.", "P"),
@@ -32,16 +31,18 @@ NARROW = 7.6
 def plot_record(path: Path, folder: Path) -> list[Path]:
     """The figures of one record, in `folder`: <record>-speedup.png and <record>-roofline.png.
 
-    `LlmqError` where matplotlib is absent or the file is no record of the benchmark.
+    Raises `LlmqError` if matplotlib is missing or the file is not a record of the benchmark.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise LlmqError("plots need the package matplotlib, which is not installed: pip install 'llmq[plots]'")
+        raise LlmqError("plots require the package matplotlib, which is not installed: pip install 'llmq[plots]'")
     try:
         record = json.loads(path.read_text())
     except ValueError as error:
-        raise LlmqError(f"{path} is not whole: {error}; give a file that scripts/bench_kernels.py wrote") from None
+        raise LlmqError(
+            f"{path} is not complete JSON: {error}; use a file written by scripts/bench_kernels.py"
+        ) from None
     if not (isinstance(record, dict) and record.get("rows") and "ceilings" in record and "dtype" in record):
-        raise LlmqError(f"{path} has no rows of a benchmark: give a file that scripts/bench_kernels.py wrote")
+        raise LlmqError(f"{path} has no benchmark rows; use a file written by scripts/bench_kernels.py")
     folder.mkdir(parents=True, exist_ok=True)
     made = []
     for kind, draw in (("speedup", _speedup), ("roofline", _roofline)):
@@ -52,11 +53,11 @@ def plot_record(path: Path, folder: Path) -> list[Path]:
 
 
 def records(folder: Path) -> list[Path]:
-    """The benchmark's records in a folder. `LlmqError` where there is none."""
-    found = sorted(folder.glob("kernels-*.json"))
-    if not found:
-        raise LlmqError(f"there is no kernels-*.json in {folder}: run scripts/bench_kernels.py --output {folder} first")
-    return found
+    """The benchmark's records in a folder. Raises `LlmqError` if there is none."""
+    files = sorted(folder.glob("kernels-*.json"))
+    if not files:
+        raise LlmqError(f"{folder} has no kernels-*.json; run scripts/bench_kernels.py --output {folder} first")
+    return files
 
 
 def _figure(record: dict[str, Any], kind: str, draw: Any, target: Path) -> None:
@@ -82,11 +83,11 @@ def _figure(record: dict[str, Any], kind: str, draw: Any, target: Path) -> None:
             axes.set_xlabel("M, rows of x", fontsize=9)
     for index in range(len(shapes), down * across):
         grid[index // across][index % across].set_visible(False)
-    grid[0][0].set_ylim(bottom=0)  # of all, and last: a limit that is set ends the fitting to what is drawn after it
+    grid[0][0].set_ylim(bottom=0)  # shared by all panels; last, because setting a limit ends autoscaling
     figure.suptitle(_title(record, kind), fontsize=11)
     columns = min(len(handles), 4 if across < COLUMNS else 7)
     legend = {"loc": "outside lower center", "ncols": columns, "fontsize": 9, "title_fontsize": 9, "frameon": False}
-    figure.legend(handles.values(), handles.keys(), title="filled marker: what llmq runs at this M", **legend)
+    figure.legend(handles.values(), handles.keys(), title="filled marker: the kernel llmq runs at this M", **legend)
     figure.savefig(target, dpi=160)
 
 
@@ -106,7 +107,7 @@ def _title(record: dict[str, Any], kind: str) -> str:
         f"{name} {record['versions'][name]}" for name in ("torch", "triton") if record["versions"][name]
     )
     first = f"{what}, {record['bits']}-bit weights, {group}, {zeros}, {record['dtype']}"
-    last = "SELF-TEST of the script, no measurement" if record["self_test"] else f"{versions}, {record['date'][:10]}"
+    last = "SELF-TEST of the script, not a measurement" if record["self_test"] else f"{versions}, {record['date'][:10]}"
     return f"{first}\n{record['device']}: {last}"
 
 
@@ -122,7 +123,7 @@ def _axes(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def _lines(axes: Any, rows: list[dict[str, Any]], key: str, factor: float, handles: dict[str, Any]) -> None:
-    """A line for each contender, filled markers where it is what llmq runs."""
+    """A line for each contender, with filled markers where llmq runs it."""
     for what in dict.fromkeys(row["what"] for row in rows):
         points = sorted((row["m"], row[key] * factor, row["preferred"]) for row in rows if row["what"] == what)
         colour, style, marker = STYLES.get(what, OTHER)

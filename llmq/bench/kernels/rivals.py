@@ -1,15 +1,15 @@
-"""What our kernels are measured beside: a dense weight (cuBLAS), torch's own int4 kernel, gemlite.
+"""The rivals that our kernels are measured beside: a dense weight (cuBLAS), torch's own int4 kernel, gemlite.
 
-Each takes the same stored weight, so that all compute the same function and pass the same gate (`llmq.bench.kernels.truth`), with
-a tolerance for arithmetic of their own. A rival that is not installed or refuses a problem says why; nobody is left out
-silently. Adding one is an entry in `RIVALS`.
+Each gets the same stored weight, so that all compute the same function and pass the same check (`llmq.bench.kernels.truth`),
+with a tolerance for their own arithmetic. A rival that is not installed or refuses a problem states why and is listed. To add
+one, add an entry to `RIVALS`.
 
     dense        torch.nn.functional.linear on the dequantized weight: cuBLAS on NVIDIA, hipBLAS on AMD, oneDNN on CPUs
-    torch int4   aten::_weight_int4pack_mm, y = x @ ((q - 8) scale + zero)^T with a float zero for each group; its sibling on CPUs
+    torch int4   aten::_weight_int4pack_mm, y = x @ ((q - 8) scale + zero)^T with a float zero per group; its sibling on CPUs
     gemlite      GemLiteLinear(bits, ...).pack(codes [N, K] uint8, scales [N, G], zeros: [N, G] or one); tunes itself first
 
-Written after aten's int4mm.cu (codes in bytes, the even column in the high half) and gemlite 0.6.0's `core.py`. Not run on a
-GPU yet. Left out: Marlin and Machete (vLLM), which build no wheel of their own.
+Written from aten's int4mm.cu (codes in bytes, the even column in the high half) and gemlite 0.6.0's `core.py`. Not run on a
+GPU yet. Left out: Marlin and Machete (vLLM), which are not distributed as wheels of their own.
 """
 
 from __future__ import annotations
@@ -25,46 +25,46 @@ from torch import Tensor
 from llmq.bench.kernels.truth import pieces
 from llmq.core.packing import unpack
 from llmq.kernels import slab
+from llmq.kernels.kernel import accept
 from llmq.kernels.problem import Packed, Problem
 
 
 @dataclass(frozen=True)
 class Rival:
-    """refusal: why it does not take a problem. prepare: its runtime form of a weight for x of a dtype. run: x, runtime -> y."""
+    """A kernel of someone else's."""
 
     name: str
+    """In tables and records."""
     refusal: Callable[[Problem], str | None]
+    """The reason why it cannot run a problem, worded to follow its name; None if it can."""
     prepare: Callable[[Packed, torch.dtype], Any]
+    """(weight, dtype of x) -> its runtime layout."""
     run: Callable[[Tensor, Any], Tensor]
+    """(x, runtime layout) -> y."""
 
 
 def dense(packed: Packed, dtype: torch.dtype) -> Tensor:
-    """The weight [N, K] in `dtype`, the same bits as the slab path has."""
-    parts = [slab.dequantize(part, slab.zero_points(part), 0, part.rows, dtype) for _, part in pieces(packed)]
+    """The weight [N, K] in `dtype`, with the same bits as the slab kernel's."""
+    parts = [slab.dequantize(part, slab.zero_points(part), 0, part.out_features, dtype) for _, part in pieces(packed)]
     return torch.cat(parts)
-
-
-def _nothing(problem: Problem) -> str | None:
-    return None
 
 
 def _int4_refusal(problem: Problem) -> str | None:
     if problem.device not in ("cuda", "cpu"):
-        return f"is for CUDA and the CPU; the weight is on {problem.device}"
+        return f"requires CUDA or the CPU; the weight is on {problem.device}"
     if problem.dtype != torch.bfloat16:
-        return f"takes bfloat16 only; input: {str(problem.dtype).removeprefix('torch.')}"
+        return f"requires bfloat16 input; got {str(problem.dtype).removeprefix('torch.')}"
     if problem.bits != 4 or problem.group_size not in (32, 64, 128, 256):
-        return f"takes 4 bits in groups of 32, 64, 128 or 256; got {problem.bits} bits, {problem.group_size} columns"
-    if problem.columns % 128 or problem.rows % 16:
-        return (
-            f"takes in_features that 128 divides and out_features that 16 does; got {problem.columns}, {problem.rows}"
-        )
+        return f"requires 4 bits in groups of 32, 64, 128 or 256; got {problem.bits} bits in groups of {problem.group_size}"
+    if problem.in_features % 128 or problem.out_features % 16:
+        sizes = f"{problem.in_features} and {problem.out_features}"
+        return f"requires in_features divisible by 128 and out_features divisible by 16; got {sizes}"
     return None
 
 
 def _int4_prepare(packed: Packed, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
     """The op's layout of the codes, [G, N, 2] of scales and zeros, the group size."""
-    codes = unpack(packed.weight, 4, packed.columns)
+    codes = unpack(packed.weight, 4, packed.in_features)
     points = slab.zero_points(packed)
     scale = packed.scale.float()
     zero = torch.zeros_like(scale) if points is None else (8 - points.float()) * scale
@@ -85,18 +85,18 @@ def _int4_run(x: Tensor, runtime: tuple[Tensor, Tensor, int]) -> Tensor:
 def _gemlite_refusal(problem: Problem) -> str | None:
     if importlib.util.find_spec("gemlite") is None:
         return "is not installed: pip install gemlite"
-    return None if problem.device == "cuda" else f"runs on GPUs; the weight is on {problem.device}"
+    return None if problem.device == "cuda" else f"requires a GPU; the weight is on {problem.device}"
 
 
 def _gemlite_prepare(packed: Packed, dtype: torch.dtype) -> Any:
     from gemlite.core import DType, GemLiteLinear
 
-    kind = DType.FP16 if dtype == torch.float16 else DType.BF16
-    sizes = {"in_features": packed.columns, "out_features": packed.rows, "group_size": packed.group_size}
-    layer = GemLiteLinear(packed.bits, **sizes, input_dtype=kind, output_dtype=kind)
+    x_dtype = DType.FP16 if dtype == torch.float16 else DType.BF16
+    sizes = {"in_features": packed.in_features, "out_features": packed.out_features, "group_size": packed.group_size}
+    layer = GemLiteLinear(packed.bits, **sizes, input_dtype=x_dtype, output_dtype=x_dtype)
     points = slab.zero_points(packed)
     zeros = packed.middle if points is None else points.to(dtype)
-    layer.pack(unpack(packed.weight, packed.bits, packed.columns), packed.scale.to(dtype), zeros, None)
+    layer.pack(unpack(packed.weight, packed.bits, packed.in_features), packed.scale.to(dtype), zeros, None)
     return layer
 
 
@@ -105,7 +105,7 @@ def _gemlite_run(x: Tensor, layer: Any) -> Tensor:
     return y
 
 
-DENSE = Rival("dense", _nothing, dense, torch.nn.functional.linear)
+DENSE = Rival("dense", accept, dense, torch.nn.functional.linear)
 RIVALS = (
     DENSE,
     Rival("torch int4", _int4_refusal, _int4_prepare, _int4_run),

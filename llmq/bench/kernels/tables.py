@@ -1,4 +1,4 @@
-"""Records as tables on a terminal, and shapes as they are typed. What is printed is what the JSON holds."""
+"""Records as tables on a terminal, and the parser of shapes. The tables show what the JSON holds."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from llmq.bench.kernels.benchmark import Shape
+from llmq.bench.kernels.contenders import Shape
 from llmq.errors import LlmqError
 
-WIDTH = 170  # of a pipe, which is not a terminal of 80 columns
+WIDTH = 170  # columns, if the output is a pipe
 
 
 def parse_shapes(typed: Sequence[str]) -> tuple[Shape, ...]:
     """4096x14336 -> K 4096, N 14336."""
-    found = []
+    shapes = []
     for text in typed:
         sizes = re.fullmatch(r"(\d+)x(\d+)", text)
         if sizes is None or not all(int(size) for size in sizes.groups()):
-            raise LlmqError(f"a shape must be KxN, two positive numbers; got {text!r}: write 4096x14336")
-        found.append(Shape(int(sizes[1]), int(sizes[2])))
-    return tuple(found)
+            raise LlmqError(f"a shape must be KxN, two positive numbers such as 4096x14336; got {text!r}")
+        shapes.append(Shape(int(sizes[1]), int(sizes[2])))
+    return tuple(shapes)
 
 
 def show_bench(record: dict[str, Any]) -> None:
-    """A table for each shape: microseconds, speed-up over dense, share of the roofline; then who is absent, wrong, skipped."""
+    """A table per shape: microseconds, speed-up over dense, share of the roofline; then absent, wrong and skipped contenders."""
     console = _console()
     limits, zeros = record["ceilings"], "sym" if record["symmetric"] else "asym"
     what = f"{record['device']}, {record['dtype']}, int{record['bits']} g{record['group'] or 'channel'} {zeros}"
@@ -37,7 +37,7 @@ def show_bench(record: dict[str, Any]) -> None:
     for shape in dict.fromkeys(row["shape"] for row in record["rows"]):
         rows = [row for row in record["rows"] if row["shape"] == shape]
         table = Table(
-            title=f"K x N {shape} {rows[0]['layer']} | {what} | us, over dense, share of roofline; > is what llmq runs"
+            title=f"K x N {shape} {rows[0]['layer']} | {what} | us, over dense, share of roofline; >: run by llmq"
         )
         names = list(dict.fromkeys(row["what"] for row in rows))
         for name in ("M", *names):
@@ -59,7 +59,7 @@ def _cell(row: dict[str, Any]) -> str:
 
 
 def show_check(record: dict[str, Any], seconds: float) -> None:
-    """The worst error of each dtype and kernel set, and everything that failed."""
+    """The largest error of each dtype and set of kernels, and every failure."""
     console, outcomes = _console(), record["outcomes"]
     table = Table(title=f"correctness against float64 | {record['device']} | seed {record['seed']}")
     for name in ("cases of", "kernels", "cases", "products", "largest error", "wrong"):
@@ -67,10 +67,10 @@ def show_check(record: dict[str, Any], seconds: float) -> None:
     kinds = [(outcome["dtype"], outcome["bits"], tuple(outcome["kernels"])) for outcome in outcomes]
     for kind in dict.fromkeys(kinds):
         dtype, bits, kernels = kind
-        found = [outcome for outcome, its in zip(outcomes, kinds, strict=True) if its == kind]
-        worst, wrong = max(o["error"] for o in found), sum(len(o["wrong"]) for o in found)
-        products = sum(o["products"] for o in found)
-        values = (len(found), products, f"{worst:.2g}", wrong)
+        group = [outcome for outcome, its in zip(outcomes, kinds, strict=True) if its == kind]
+        worst, wrong = max(o["error"] for o in group), sum(len(o["wrong"]) for o in group)
+        products = sum(o["products"] for o in group)
+        values = (len(group), products, f"{worst:.2g}", wrong)
         table.add_row(f"{bits} bits {dtype}", ", ".join(kernels), *(str(value) for value in values))
     console.print(table)
     wrong_ones = [f"{o['case']}: {why}" for o in outcomes for why in o["wrong"]]
@@ -80,7 +80,7 @@ def show_check(record: dict[str, Any], seconds: float) -> None:
 
 
 def show_sweep(table: dict[str, Any]) -> None:
-    """The rows of a launch table, what was discarded, the crossovers."""
+    """The rows of a launch table, the discarded configurations, the crossovers."""
     console = _console()
     shown = Table(title=f"launches | {table['device']}")
     columns = ("dtype", "bits", "group", "m", "k", "n", "bn", "warps", "stages", "split", "us", "tried")
@@ -94,7 +94,9 @@ def show_sweep(table: dict[str, Any]) -> None:
         console.print(f"discarded: {count} x {reason}", highlight=False)
     for one in table["crossover"]:
         what = f"{one['k']}x{one['n']} {one['dtype']} int{one['bits']} g{one['group']}"
-        console.print(f"{what}: the kernel is not slower than slab up to M={one['triton_wins_up_to']}", highlight=False)
+        console.print(
+            f"{what}: the Triton kernel is at least as fast as slab up to M={one['triton_wins_up_to']}", highlight=False
+        )
     _failures(console, [], table["skipped"])
 
 

@@ -38,6 +38,7 @@ from llmq.cli.options import (
 from llmq.config import Calibration, QuantConfig
 from llmq.config import method as named_method
 from llmq.errors import LlmqError
+from llmq.memory import map_large_tensors
 
 app = typer.Typer(
     help="Quantize causal language models, evaluate them and generate text with them.",
@@ -112,6 +113,7 @@ def quantize(
         console = make_console(quiet)
         from llmq import api
 
+        map_large_tensors()
         source = open_named(model) if model else open_demo("demo")
         if dry_run:
             preview = api.preview(source, config, calibration, revision=revision)

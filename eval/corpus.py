@@ -1,19 +1,19 @@
-"""Text to calibrate on and text to be judged by: a name in, one string out.
+"""Text for calibration and evaluation: a dataset's name in, one string out.
 
     builtin     the help topics that Python ships (`pydoc_data.topics`): every fifth topic by name for evaluation, the
                 others for calibration; no network, about 17,000 and 74,000 tokens with a small BPE vocabulary
-    wikitext2   wikitext-2-raw-v1, lines joined by a blank line (the GPTQ protocol): train / test
+    wikitext2   wikitext-2-raw-v1, lines joined by a blank line (the GPTQ protocol); splits: train / test
     c4          allenai/c4, English: the first documents of training file 0 / the first 1,100 of validation file 0,
-                joined by one space (`c4-new`: the rows of the GPTQ paper's camera-ready, never comparable with `c4`'s)
+                joined by one space (`c4-new`, as in the GPTQ paper's camera-ready; not comparable with `c4` figures)
     PATH        a UTF-8 text file, the same text for both splits; a `.jsonl` file of conversations (`load_conversations`)
 
-The topics of `builtin` quote one another: whole sections stand in two or three of them, and almost half of the
-evaluation topics' text stands in others as well. Every paragraph is therefore kept once, and evaluation is served
-first, so that no paragraph is both calibrated on and judged by. The text differs between Python versions; the
-description names the version.
+The topics of `builtin` quote one another: whole sections occur in two or three of them, and almost half of the
+evaluation topics' text occurs in other topics as well. Every paragraph is therefore kept once. The evaluation text is
+taken first, so that no paragraph is in both texts. The text differs between Python versions; the description states the
+version.
 
-Left out: other record files, the old random-crop protocol of C4, PTB. `datasets` is
-imported only by the two corpora that need it.
+Left out: other record files, the old random-crop protocol of C4, PTB. `datasets` is imported only by the two corpora
+that need it.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ C4_EVALUATION_TOKENS = 256 * 2048
 class Corpus:
     """One text and where it comes from.
 
-    name: what was asked for: `builtin`, `wikitext2`, `c4` or the path.
-    text: the whole text, one string.
-    description: one line for the report: source, split, how it was put together.
-    max_tokens: tokens that the corpus' protocol scores at most (c4: 256 windows of 2048); None for all of them.
+    Fields:
+        name: the requested dataset: `builtin`, `wikitext2`, `c4` or the path.
+        text: the whole text.
+        description: one line for the report: source, split and how the text was joined.
+        max_tokens: maximum number of tokens that the corpus's protocol scores (c4: 256 windows of 2048); None for all.
     """
 
     name: str
@@ -56,8 +57,8 @@ class Corpus:
 def load_text(dataset: str, split: Split) -> Corpus:
     """The text of `dataset` for `split`.
 
-    Raises `LlmqError` for a name that is neither a corpus nor a file, an unreadable, empty or non-UTF-8 file, a record
-    file, an unknown split, and a corpus that cannot be downloaded.
+    Raises `LlmqError` for a name that is neither a corpus nor a file, for a file that is unreadable, empty, not UTF-8
+    or holds conversations, for an unknown split, and for a corpus that cannot be downloaded.
     """
     if split not in ("calibration", "evaluation"):
         raise LlmqError(f"split must be calibration or evaluation; got {split!r}")
@@ -73,7 +74,7 @@ def _builtin(split: Split) -> Corpus:
     except ImportError as error:
         raise LlmqError(
             "dataset builtin is read from pydoc_data.topics, which this Python installation lacks; "
-            "use the path of a text file, or a Python with its whole standard library"
+            "use the path of a text file, or a Python with the complete standard library"
         ) from error
     text = split_topics(topics)[split]
     description = (
@@ -83,9 +84,9 @@ def _builtin(split: Split) -> Corpus:
 
 
 def split_topics(topics: Mapping[str, str]) -> dict[Split, str]:
-    """Disjoint evaluation and calibration texts out of `topics`, which depend on nothing but `topics`.
+    """Disjoint evaluation and calibration texts made from `topics` alone.
 
-    Paragraphs that differ only in white space count as the same; the evaluation text keeps those that both have.
+    Paragraphs that differ only in white space count as equal. The evaluation text gets the paragraphs that both have.
     """
     names = sorted(topics)
     seen: set[str] = set()
@@ -95,6 +96,7 @@ def split_topics(topics: Mapping[str, str]) -> dict[Split, str]:
 
 
 def _new_paragraphs(texts: Iterable[str], seen: set[str]) -> str:
+    """The paragraphs of `texts` that are not in `seen`, joined by blank lines. They are added to `seen`."""
     kept = []
     for text in texts:
         for paragraph in text.strip().split("\n\n"):
@@ -132,22 +134,22 @@ def _c4_documents(part: str, file: str, count: int) -> Sequence[str]:
 
 
 def _download(name: str, read: Callable[[Callable[..., Any]], Sequence[str]]) -> Sequence[str]:
-    """What `read` makes of `datasets.load_dataset`, with every failure as one `LlmqError`."""
+    """`read(datasets.load_dataset)`, with every failure as an `LlmqError`."""
     try:
         from datasets import load_dataset  # type: ignore[import-untyped, unused-ignore]
     except ImportError as error:
         raise LlmqError(
-            f"dataset {name} is read through the datasets package, which is not installed; "
+            f"dataset {name} needs the datasets package, which is not installed; "
             f"`pip install datasets`, or {OFFLINE_REMEDY}"
         ) from error
     try:
         texts = read(load_dataset)
-    # The hub's client, its HTTP library and the decoders each raise their own kinds, and change them between versions.
+    # The hub client, its HTTP library and the decoders raise exceptions of their own, which change between versions.
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise LlmqError(f"dataset {name} could not be downloaded ({reason}); {OFFLINE_REMEDY}") from error
     if not any(texts):
-        raise LlmqError(f"dataset {name} came without any text; {OFFLINE_REMEDY}")
+        raise LlmqError(f"dataset {name} must hold text; what was downloaded is empty; {OFFLINE_REMEDY}")
     return texts
 
 
@@ -156,13 +158,13 @@ def _file(dataset: str) -> Corpus:
     names = ", ".join(name for name, _ in CORPORA)
     if not path.exists():
         raise LlmqError(
-            f"dataset must be {names} or the path of a text file; {dataset!r} is no such name and no such file exists; "
+            f"dataset must be {names} or the path of a text file; {dataset!r} is neither a name nor an existing file; "
             f"use `--dataset builtin` or an existing file"
         )
     if path.is_dir():
-        raise LlmqError(f"dataset must be {names} or the path of a text file; {dataset} is a folder; give a file in it")
+        raise LlmqError(f"dataset must be {names} or the path of a text file; {dataset} is a folder; use a file in it")
     if is_conversations(dataset):
-        raise LlmqError(f"{dataset} holds conversations, not one text")
+        raise LlmqError(f"{dataset} must hold one text, but it holds conversations; convert it to plain text")
     text = _read(path)
     if not text.strip():
         raise LlmqError(f"dataset files must hold text; {dataset} is empty; {OFFLINE_REMEDY}")
@@ -170,19 +172,19 @@ def _file(dataset: str) -> Corpus:
 
 
 def is_conversations(dataset: str) -> bool:
-    """Whether `dataset` names a file of conversations, for `load_conversations`, and not one text."""
+    """Whether `dataset` names a file of conversations (for `load_conversations`) rather than one text."""
     return Path(dataset).suffix == ".jsonl"
 
 
 def load_conversations(dataset: str) -> list[list[dict[str, Any]]]:
-    """The conversations of a JSONL file: each line an object whose `messages` are a list of {role, content}.
+    """The conversations of a JSONL file. Each line is an object whose `messages` are a list of {role, content}.
 
-    Raises `LlmqError` for an unreadable or empty file, naming the line of anything else.
+    Raises `LlmqError` for an unreadable or empty file, and for any other line, with its number.
     """
     path = Path(dataset)
     if not path.is_file():
-        raise LlmqError(f"no such dataset file: {dataset}")
-    found = []
+        raise LlmqError(f"no such dataset file: {dataset}; use an existing file")
+    conversations = []
     for number, line in enumerate(_read(path).splitlines(), 1):
         if not line.strip():
             continue
@@ -193,10 +195,10 @@ def load_conversations(dataset: str) -> list[list[dict[str, Any]]]:
             raise LlmqError(f"{dataset}, line {number}: not an object with messages ({error})") from None
         if not good:
             raise LlmqError(f"{dataset}, line {number}: messages must be a list of objects with role and content")
-        found.append(messages)
-    if not found:
+        conversations.append(messages)
+    if not conversations:
         raise LlmqError(f"dataset files must hold conversations; {dataset} is empty; {OFFLINE_REMEDY}")
-    return found
+    return conversations
 
 
 def _read(path: Path) -> str:

@@ -22,16 +22,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmq import calibration as calibrating
 from llmq._version import __version__
 from llmq.blocks.statistics import split_into_lanes
-from llmq.calibration import Writing
+from llmq.calibration import GenerationProgress
 from llmq.checkpoint.target import refuse_overlap
 from llmq.checkpoint.writer import StagedCheckpoint
 from llmq.config import SELF, Calibration, QuantConfig, method
 from llmq.errors import LlmqError
-from llmq.eval.models import context_length
-from llmq.formats import compressed_tensors as ct
 from llmq.memory import peak_rss_bytes, trim_heap
 from llmq.quantization.block import BlockResult
 from llmq.quantization.holdout import few_tokens_notes
@@ -58,15 +55,16 @@ def quantize(
     overwrite: bool = False,
     device: str = "auto",
     revision: str | None = None,
-    progress: Callable[[Step | Writing], None] = lambda step: None,
+    progress: Callable[[Step | GenerationProgress], None] = lambda step: None,
 ) -> Report:
     """Quantize a causal LM into a compressed-tensors checkpoint folder.
 
     source: a folder of safetensors, a hub repo id, a GGUF file, or a loaded transformers model (which is not changed).
     output: the folder to make; it appears complete or not at all.
-    calibration: which text (default: the built-in one), or token ids int64 [windows, tokens] used as they are. Methods
-        without data take none.
-    progress: called with a `Step` as blocks are worked on, and before that with a `Writing` as the model writes its own text.
+    calibration: which text (default: the built-in one), or token ids int64 [windows, tokens] used as they are. A method
+        without data uses none, and notes it where one is given.
+    progress: called with a `Step` as blocks are worked on, and with a `GenerationProgress` while the model generates its
+        own calibration text.
     max_shard_size: as in `save_pretrained`. device: `auto` is CUDA where there is one, else the CPU.
     Raises `LlmqError` for every broken rule, before any work where that is possible.
     """
@@ -78,7 +76,7 @@ def quantize(
     refuse_overlap(output, _inputs(source, calibration))
     opened = open_source(source, dtype=config.dtype, device=pick_device(device), revision=revision)
     refuse_overlap(output, opened.files)
-    plan = make_plan(opened.model, config, partial(find_shared_inputs, opened))
+    plan = make_plan(opened.model, config, opened.dtype, partial(find_shared_inputs, opened))
     specs = planned_specs(opened, plan)
     with StagedCheckpoint(Path(output), specs, max_shard_size, overwrite) as staged:
         # Before hours of work: a config or tokenizer that cannot be saved is found now.
@@ -92,7 +90,7 @@ def quantize(
             dtype=str(opened.dtype).removeprefix("torch."),
             seconds=time.perf_counter() - began,
             peak_rss_bytes=peak_rss_bytes(),
-            bits_per_weight=bits_per_weight(plan, opened.dtype),
+            bits_per_weight=bits_per_weight(plan),
             checkpoint_bytes=sum(spec.nbytes for spec in specs.values()),
             calibration=used,
             fallbacks=tuple(f"{row.name}: {note}" for row in rows for note in row.notes),
@@ -133,21 +131,22 @@ def preview(
 
     Of a folder only headers are read; a repo id is downloaded first, and a GGUF file is read whole.
     """
+    from llmq.hf.calibration_data import window_length
     from llmq.hf.forward import find_shared_inputs
-    from llmq.hf.self_calibration import ROWS, how_texts_start
+    from llmq.hf.self_calibration import ROWS, text_start
     from llmq.hf.source import open_source
 
     config = config or QuantConfig()
     opened = open_source(source, dtype=config.dtype, device="cpu", revision=revision)
-    plan = make_plan(opened.model, config, partial(find_shared_inputs, opened))
+    plan = make_plan(opened.model, config, opened.dtype, partial(find_shared_inputs, opened))
     calibration = calibration or Calibration()
     if not method(config.method).calibrated:
         return make_preview(opened, plan, config, 0, 0)
-    length = _length(opened, calibration)
+    length = window_length(opened, calibration)
     made = make_preview(opened, plan, config, calibration.num_samples, length)
     if calibration.dataset != SELF:
         return made
-    how_texts_start(opened)  # refused here as it would be
+    text_start(opened)  # refused here as it would be
     return with_writing(made, opened, calibration.num_samples, length, ROWS)
 
 
@@ -168,55 +167,21 @@ def _windows(
     source: Source,
     config: QuantConfig,
     calibration: Calibration | Tensor | None,
-    progress: Callable[[Step | Writing], None],
+    progress: Callable[[Step | GenerationProgress], None],
 ) -> tuple[Tensor, CalibrationUsed | None, tuple[str, ...]]:
-    """Token windows [n, tokens], and what the report says of them: the data used, and notes."""
+    """Token windows int64 [n, tokens], what they are for the report, and notes.
+
+    A method without data gets a few tokens, by which its blocks are taken apart.
+    """
+    from llmq.hf.calibration_data import calibration_data
     from llmq.hf.forward import probe_ids
 
     if not method(config.method).calibrated:
-        return probe_ids(source.model), None, ()
-    notes = []
-    if calibration is not None and not isinstance(calibration, Calibration):
-        windows, name = calibrating.checked(calibration, source.config.get_text_config()), "token ids"
-    else:
-        asked = calibration or Calibration()
-        length, name = _length(source, asked), asked.dataset
-        if name == SELF:
-            windows, note = _written(source, asked, length, progress)
-            notes.append(note)
-        else:
-            ids, _ = calibrating.read_tokens(name, "calibration", source.tokenizer())
-            windows = calibrating.windows(ids, asked.num_samples, length, asked.seed)
-        if length < asked.seq_len:
-            notes.append(f"calibration windows of {length} tokens, not {asked.seq_len}: the model's context")
-        if len(windows) < asked.num_samples:
-            notes.append(f"{len(windows)} calibration windows, not {asked.num_samples}: all that the text gives")
-    count, length = windows.shape
-    return windows, CalibrationUsed(name, count, length, count * length), tuple(notes)
-
-
-def _written(
-    source: Source, asked: Calibration, length: int, progress: Callable[[Step | Writing], None]
-) -> tuple[Tensor, str]:
-    """Windows that the model writes, and what that cost."""
-    from llmq.hf.self_calibration import how_texts_start, write_windows
-
-    began = time.perf_counter()
-    start = how_texts_start(source)
-    windows = write_windows(
-        source, start, asked.num_samples, length, asked.seed, lambda *told: progress(Writing(*told))
-    )
-    seconds = time.perf_counter() - began
-    return windows, (
-        f"the model wrote its {windows.numel()} calibration tokens itself in {seconds:.1f} s, loaded whole; "
-        f"texts begin with {start}, temperature 1, seed {asked.seed}"
-    )
-
-
-def _length(source: Source, asked: Calibration) -> int:
-    """Tokens per calibration window: as asked, or the model's context."""
-    context = context_length(source.model)
-    return asked.seq_len if context is None else min(asked.seq_len, context)
+        unused = f"method {config.method} uses no calibration data; what was given is not used"
+        return probe_ids(source.model), None, () if calibration is None else (unused,)
+    data = calibration_data(source, calibration, progress)
+    count, length = data.windows.shape
+    return data.windows, CalibrationUsed(data.name, count, length, count * length), data.notes
 
 
 def _run(
@@ -236,13 +201,13 @@ def _run(
     batches, lanes = split_into_lanes(windows, TOKENS_PER_BATCH)
     captured = capture_blocks(source, batches)
     probe = capture_blocks(source, [windows[:1, :PROBE_TOKENS]])
-    recipe = Recipe.of(config, source.dtype)
+    recipe = Recipe.of(config)
     layers: list[LinearReport] = []
     pairs: list[PairReport] = []
     results = quantize_blocks(source, captured, lanes, probe, plan, recipe, progress)
     del captured  # its hidden states are those of the first block
     for result in results:
-        _write_block(source, result, staged)
+        _write_block(source, plan, result, staged)
         layers += result.layers
         pairs += result.pairs
         del result
@@ -250,33 +215,32 @@ def _run(
     return layers, pairs
 
 
-def _write_block(source: Source, result: BlockResult, staged: StagedCheckpoint) -> None:
+def _write_block(source: Source, plan: Plan, result: BlockResult, staged: StagedCheckpoint) -> None:
     dense = {f"{source.checkpoint_name(name)}.weight": weight for name, weight in result.codes.items()}
     for name, tensor in source.block_tensors(result.index):
         if name not in dense:
             staged.write(name, tensor)
     for name, weight in dense.items():
-        for suffix, tensor in ct.encode(weight).items():
+        for suffix, tensor in plan.format.encode(weight).items():
             staged.write(f"{name.removesuffix('weight')}{suffix}", tensor)
 
 
 def quantization_config(source: Source, plan: Plan, config: QuantConfig) -> dict[str, Any]:
     """config.json's `quantization_config`, with what made it as a top-level key that every reader ignores."""
-    grids = {source.checkpoint_name(name): row.grid for name, row in plan.linears.items()}
+    schemes = {source.checkpoint_name(name): row.scheme for name, row in plan.linears.items()}
     # Both names where they differ: engines match the files' names, transformers the modules'.
     ignored = list(dict.fromkeys(n for name in plan.ignored for n in (source.checkpoint_name(name), name)))
-    return ct.config(grids, ignored, method(config.method).ordered) | {
+    return plan.format.config(schemes, ignored, method(config.method).ordered) | {
         "llmq": {"version": _versions()["llmq"], **config.to_dict()}
     }
 
 
-def bits_per_weight(plan: Plan, dtype: torch.dtype) -> float:
+def bits_per_weight(plan: Plan) -> float:
     """Stored bits per weight of the quantized linears, scales and zero points included."""
     stored = weights = 0
     for row in plan.linears.values():
-        stored += sum(
-            spec.nbytes for key, spec in ct.specs(row.shape, row.grid, dtype).items() if key != "weight_shape"
-        )
+        specs = plan.format.specs(row.shape, row.scheme)
+        stored += sum(spec.nbytes for name, spec in specs.items() if name not in plan.format.metadata_names)
         weights += row.shape[0] * row.shape[1]
     return 8 * stored / weights
 

@@ -1,14 +1,19 @@
-"""What is asked of a quantization: values only, validated once, no torch.
+"""Configuration of a run: plain values, checked once, without torch.
 
-`QuantConfig` is everything that decides the bytes of a checkpoint besides the model and the calibration text;
-`Calibration` is which text, and how much of it. Both are frozen and refuse unknown keys. The method table lives here
-so that `--help` needs no torch; `llmq.methods` maps the same names to functions, and a test holds the two together.
+`QuantConfig` holds everything besides the model and the calibration text that decides the bytes of a checkpoint.
+`Calibration` says which text is used and how much of it. Both are frozen, check the type and the range of every value,
+and raise one-line errors.
+
+`METHODS` is the only table of methods. It names functions by import path, so that `--help` needs no torch; `resolve`
+imports one of them. A new method or transform is one file and one row of the table.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from importlib import import_module
 from typing import Any
 
 from llmq.errors import LlmqError
@@ -18,17 +23,24 @@ SCALES = ("minmax", "search")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 FALLBACK_GROUP_SIZES = (128, 64, 32)
 PER_CHANNEL = -1
-DEFAULT_METHOD = "awq+gptq"  # the best of them by measurement, for 1.5 times the time of GPTQ
-SELF = "self"  # the dataset that the model writes
+DEFAULT_METHOD = "awq+gptq"  # the most accurate by measurement; takes 1.5 times as long as GPTQ
+SELF = "self"  # the dataset that the model generates
+SEEDS = 2**64  # torch's generators take seeds below this
 
 
 @dataclass(frozen=True)
 class Method:
     """One row of the method table: what `--method NAME` stands for.
 
-    transform: what is done to a block before it is rounded (`llmq.transforms`); None for nothing. rounding: `llmq.methods`.
-    default_scales: `--scales` where it is not given. calibrated: whether it needs text. ordered: whether columns are
-    rounded in the order of their activations (checkpoints record it).
+    Fields:
+        name: the name on the command line and in checkpoints.
+        transform: import path of the `llmq.transforms.base.Transform` that changes a block before its linears are
+            rounded; None for no transform.
+        rounding: import path of the `llmq.methods.base.Rounding`.
+        default_scales: the value of `QuantConfig.scales` if none is given.
+        calibrated: whether the method needs calibration text.
+        ordered: whether columns are rounded in activation order, which checkpoints record.
+        summary: one line for `--help`.
     """
 
     name: str
@@ -41,43 +53,76 @@ class Method:
 
 
 METHODS = (
-    Method("rtn", None, "rtn", "minmax", False, False, "round to nearest: no data, seconds, the baseline"),
     Method(
-        *("gptq", None, "gptq", "search", True, True),
-        "second-order rounding with error feedback (Frantar et al., arXiv 2210.17323)",
+        name="rtn",
+        transform=None,
+        rounding="llmq.methods.rtn:rtn",
+        default_scales="minmax",
+        calibrated=False,
+        ordered=False,
+        summary="round to nearest: no data, takes seconds, the baseline",
     ),
     Method(
-        *("awq", "awq", "rtn", "search", True, False),
-        "salient channels scaled up before rounding (Lin et al., arXiv 2306.00978)",
+        name="gptq",
+        transform=None,
+        rounding="llmq.methods.gptq:gptq",
+        default_scales="search",
+        calibrated=True,
+        ordered=True,
+        summary="second-order rounding with error feedback (Frantar et al., arXiv 2210.17323)",
     ),
-    Method("awq+gptq", "awq", "gptq", "search", True, True, "awq, then gptq"),
+    Method(
+        name="awq",
+        transform="llmq.transforms.awq:awq",
+        rounding="llmq.methods.rtn:rtn",
+        default_scales="search",
+        calibrated=True,
+        ordered=False,
+        summary="scales salient channels up before rounding (Lin et al., arXiv 2306.00978)",
+    ),
+    Method(
+        name="awq+gptq",
+        transform="llmq.transforms.awq:awq",
+        rounding="llmq.methods.gptq:gptq",
+        default_scales="search",
+        calibrated=True,
+        ordered=True,
+        summary="awq, then gptq",
+    ),
 )
 
 
 def method(name: str) -> Method:
-    """The row of the method table called `name`. Raises `LlmqError` for any other name."""
+    """The row of `METHODS` called `name`. Raises `LlmqError` for any other name."""
     for row in METHODS:
         if row.name == name:
             return row
     raise LlmqError(f"method must be one of {', '.join(m.name for m in METHODS)}; got {name!r}")
 
 
+def resolve(path: str) -> Any:
+    """The function with import path `module:name`, as the method table gives it. The module is imported now."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
 @dataclass(frozen=True)
 class QuantConfig:
-    """How weights are quantized.
+    """How weights are quantized. Raises `LlmqError` for a value of the wrong type or outside the stated range.
 
-    method: `rtn`, `gptq`, `awq` or `awq+gptq` (`METHODS`).
-    bits: 2, 3, 4 or 8. (Serving engines read 4 and 8, which the command line offers.)
-    group_size: columns that share one scale; -1 for one scale per output channel.
-    symmetric: True stores no zero point; False stores one per group.
-    scales: `minmax` (from the range of the weights) or `search` (least weighted error over a grid of candidates);
-        None takes the method's default.
-    ignore: linears left as they are, besides the output head: an exact module name, a class name or `re:REGEX`
-        (compressed-tensors' meaning).
-    damping: share of the mean of the Hessian's diagonal that is added to it (GPTQ, and the scales of AWQ alone).
-    dtype: what the source is cast to first: `auto` keeps the source's own (bfloat16 for float32 and GGUF sources).
-
-    Raises `LlmqError` on any value outside these.
+    Fields:
+        method: `rtn`, `gptq`, `awq` or `awq+gptq` (see `METHODS`).
+        bits: bits per weight: 2, 3, 4 or 8. Serving engines read 4 and 8; the command line offers these two.
+        group_size: number of consecutive columns that share one scale; -1 for one scale per output channel.
+        symmetric: True stores no zero points; False stores one per group.
+        scales: `minmax` takes scales from the range of the weights; `search` takes the scale with the least weighted
+            error out of a grid of candidates. None is replaced by the method's default.
+        ignore: linears that are not quantized, besides the output head. Each entry is an exact module name, a class
+            name or `re:REGEX`, as in compressed-tensors. A list is stored as a tuple.
+        damping: fraction of the mean of the Hessian's diagonal that is added to the diagonal (GPTQ, and AWQ's search
+            for scales). Strictly between 0 and 1.
+        dtype: what the source is cast to before it is quantized. `auto` keeps a bfloat16 or float16 source and casts
+            float32 and GGUF sources to bfloat16.
     """
 
     method: str = DEFAULT_METHOD
@@ -90,44 +135,48 @@ class QuantConfig:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ignore", tuple(self.ignore))
         row = method(self.method)
         if self.scales is None:
             object.__setattr__(self, "scales", row.default_scales)
-        _member("bits", self.bits, BITS)
-        _member("scales", self.scales, SCALES)
-        _member("dtype", self.dtype, DTYPES)
-        if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
-            raise LlmqError(f"group_size must be an integer; got {self.group_size!r}")
+        _check_choice("bits", self.bits, BITS)
+        _check_choice("scales", self.scales, SCALES)
+        _check_choice("dtype", self.dtype, DTYPES)
+        _check_integer("group_size", self.group_size)
         if self.group_size != PER_CHANNEL and self.group_size < 1:
             raise LlmqError(
                 f"group_size must be positive, or {PER_CHANNEL} for one scale per channel; got {self.group_size}"
             )
         if not isinstance(self.symmetric, bool):
             raise LlmqError(f"symmetric must be True or False; got {self.symmetric!r}")
-        if not 0 < self.damping < 1:
-            raise LlmqError(f"damping must lie strictly between 0 and 1; got {self.damping}")
+        if isinstance(self.damping, bool) or not isinstance(self.damping, (int, float)) or not 0 < self.damping < 1:
+            raise LlmqError(f"damping must be a number strictly between 0 and 1, such as 0.01; got {self.damping!r}")
+        object.__setattr__(self, "ignore", _checked_patterns(self.ignore))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` of it is an equal config."""
+        """Plain JSON values. `from_dict` turns them into an equal config."""
         return asdict(self) | {"ignore": list(self.ignore)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QuantConfig:
-        """The config that `to_dict` wrote. Unknown keys raise `LlmqError`."""
-        _refuse_unknown(cls, values)
+        """The config that `to_dict` wrote. Raises `LlmqError` for unknown keys and for every value that is refused."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise LlmqError(f"{cls.__name__} has no {', '.join(unknown)}; it has {', '.join(known)}")
         return cls(**values)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Which text a calibrated method sees.
+    """Which text a calibrated method sees. Raises `LlmqError` for a value of the wrong type or outside its range.
 
-    dataset: `builtin` (text that ships with Python), `wikitext2`, `c4`, the path of a text file, or of a `.jsonl` file
-        whose lines hold `messages`, which go through the model's chat template; `self`: the model writes it.
-    num_samples: windows used at most (all that the text gives, where it gives fewer).
-    seq_len: tokens per window; every window is full.
-    seed: which windows are drawn, or written.
+    Fields:
+        dataset: `builtin` (text that ships with Python), `wikitext2`, `c4`, or the path of a text file. The lines of a
+            `.jsonl` file must hold `messages`, which go through the model's chat template. `self` lets the model
+            generate the text.
+        num_samples: maximum number of windows; fewer are used if the text is shorter.
+        seq_len: tokens per window; every window is full.
+        seed: decides which windows are drawn or generated; 0 or more, below 2**64.
     """
 
     dataset: str = "builtin"
@@ -136,18 +185,42 @@ class Calibration:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.dataset, str) or not self.dataset:
+            raise LlmqError(
+                f"dataset must be a string: builtin, wikitext2, c4, self or the path of a text file; got {self.dataset!r}"
+            )
+        for name in ("num_samples", "seq_len", "seed"):
+            _check_integer(name, getattr(self, name))
         for name in ("num_samples", "seq_len"):
             if getattr(self, name) < 1:
                 raise LlmqError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if not 0 <= self.seed < SEEDS:
+            raise LlmqError(f"seed must be at least 0 and below 2**64; got {self.seed}")
 
 
-def _member(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if isinstance(value, bool) or value not in allowed:
+def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if isinstance(value, bool) or not isinstance(value, type(allowed[0])) or value not in allowed:
         raise LlmqError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
 
 
-def _refuse_unknown(cls: type[QuantConfig], values: Mapping[str, Any]) -> None:
-    known = [field.name for field in fields(cls)]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise LlmqError(f"{cls.__name__} has no {', '.join(unknown)}; it has {', '.join(known)}")
+def _check_integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise LlmqError(f"{name} must be an integer; got {value!r}")
+
+
+def _checked_patterns(ignore: object) -> tuple[str, ...]:
+    """`ignore` as a tuple. A string is refused: it would be taken apart into letters."""
+    rule = "ignore must be a tuple or list of module names, class names or re:REGEX"
+    if isinstance(ignore, str):
+        raise LlmqError(f"{rule}; got the string {ignore!r}; write ({ignore!r},)")
+    if not isinstance(ignore, (list, tuple)):
+        raise LlmqError(f"{rule}; got {ignore!r}")
+    for pattern in ignore:
+        if not isinstance(pattern, str) or not pattern:
+            raise LlmqError(f"{rule}; it holds {pattern!r}")
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern.removeprefix("re:"))
+            except re.error as error:
+                raise LlmqError(f"{rule}; {pattern!r} is not a regular expression: {error}") from None
+    return tuple(ignore)

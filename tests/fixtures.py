@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 import llmq
-from llmq.core.grid import Grid, fit, fit_full_range, quantize
+from llmq.core.grid import Grid, checked_scale, fit, grouped, quantize
 from llmq.core.packing import pack
 from llmq.core.quantized import QuantizedWeight
 from llmq.kernels.problem import Packed
@@ -47,6 +47,21 @@ def checkpoint(folder: Path, arch: str = "llama", **changes: object) -> Path:
     config = llmq.QuantConfig(**{"method": "rtn", "group_size": 32, "dtype": "bfloat16", **changes})  # type: ignore[arg-type]
     llmq.quantize(tiny_model(arch), folder, config, None if config.method == "rtn" else WINDOWS)
     return folder
+
+
+def float32_checkpoint(folder: Path, arch: str = "llama", **changes: object) -> Path:
+    """`checkpoint` in float32 and by the default method."""
+    return checkpoint(folder, arch, **{"method": llmq.QuantConfig().method, "dtype": "float32", **changes})
+
+
+def fit_full_range(weight: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, None]:
+    """Signed full-range symmetric scales: the largest |w| of each group gets code 0, whatever its sign.
+
+    weight: [N, K]. Returns scale [N, G] in `dtype`, negative where that weight is positive.
+    """
+    groups = grouped(weight.float(), grid)
+    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    return checked_scale(-extreme / grid.middle, dtype), None
 
 
 def quantized_weight(

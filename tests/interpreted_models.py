@@ -18,7 +18,7 @@ from torch import Tensor
 
 import llmq
 from llmq.kernels import wna16
-from llmq.serving.fused import joined_linears
+from llmq.serving.fused import fused_linears
 from llmq.serving.linear import QuantLinear
 from tests.tiny import VOCAB, tiny_model
 
@@ -94,7 +94,7 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_a_tiny_model(tiny: tuple[str, Said], fuse: bool, launched: list[int]) -> None:
     arch, want = tiny
     model = loaded(want.folder, "triton", fuse)
-    assert bool(joined_linears(model)) == fuse
+    assert bool(fused_linears(model)) == fuse
     assert_near(logits(model, IDS), want.logits)
     linears = sum(isinstance(module, QuantLinear) for module in model.modules())
     assert launched == [IDS.numel()] * (2 * ARCHITECTURES[arch] if fuse else linears)

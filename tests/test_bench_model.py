@@ -21,7 +21,7 @@ from llmq.bench.turns import in_turns
 from llmq.bench.variants import Variant, held_bytes, of_checkpoint, of_shape
 from llmq.errors import LlmqError
 from llmq.kernels.registry import KERNELS
-from llmq.serving.fused import joined_linears
+from llmq.serving.fused import fused_linears
 from llmq.serving.linear import QuantLinear
 from tests.fixtures import tiny_tokenizer
 from tests.tiny import tiny_model
@@ -97,7 +97,7 @@ def test_a_checkpoint_is_measured_beside_its_original(tmp_path: Path) -> None:
     llmq.quantize(tmp_path / "original", tmp_path / "packed", RTN)
     found = of_checkpoint(tmp_path / "original", str(tmp_path / "packed"), "bfloat16", "cpu")
     assert [variant.name for variant in found] == ["original", "packed", "fused"]
-    assert [len(joined_linears(variant.model)) for variant in found] == [0, 0, 4]
+    assert [len(fused_linears(variant.model)) for variant in found] == [0, 0, 4]
     rows, missing = speed.measure(found, SIZES, 60)
     assert len(rows) == 3 * 5
     assert missing == []
@@ -112,7 +112,7 @@ def test_one_copy_of_everything(variants: list[Variant]) -> None:
     first, other = (model.model.layers[0].self_attn.q_proj for model in (packed, fused))
     assert isinstance(first, QuantLinear)
     assert first.weight_packed is other.weight_packed
-    assert first.together is None
+    assert first.fusion is None
     assert isinstance(original.model.layers[0].self_attn.q_proj, torch.nn.Linear)
     assert held_bytes(original) == sum(t.nbytes for t in (*original.parameters(), *original.buffers()))
     stored = sum(t.nbytes for t in (*packed.parameters(), *packed.buffers()))

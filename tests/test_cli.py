@@ -130,7 +130,7 @@ def test_the_model_generates_its_own_calibration_text(source: Path, tmp_path: Pa
     assert "calibration: 4 windows of 64 tokens of text that the model generated" in done.stdout
     values = last(done)
     assert values["calibration"]["dataset"] == "self"
-    assert any("wrote its 256 calibration tokens itself" in note for note in values["notes"])
+    assert any("generated its 256 calibration tokens in" in note for note in values["notes"])
     assert run("quantize", *arguments, "-o", tmp_path / "quiet", "--quiet").stderr == ""
     done = run("quantize", *arguments, "-o", tmp_path / "dry", "--dry-run")
     assert "the model writes 256 calibration tokens first" in done.stdout
@@ -149,12 +149,10 @@ BAD = [
         "broken.jsonl, line 2: not an object with messages",
     ),
     (("quantize", "BARE", "--group-size", 32, "--dataset", "self"), "dataset self needs the model's tokenizer"),
-    (("quantize", "MODEL", "--method", "rtn", "--dataset", "self"), "method rtn uses no calibration data"),
-    (("evaluate", "MODEL", "--dataset", "self"), "name a text to evaluate on"),
+    (("evaluate", "MODEL", "--dataset", "self"), "choose a text to evaluate on"),
     (("evaluate", "/nowhere/model"), "no such folder"),
-    (("quantize", "MODEL", "--method", "rtn", "--group-size", 32, "--seed", 1), "method rtn uses no calibration data"),
     (("generate", "MODEL", "--prompt", " "), "the prompt must not be empty"),
-    (("evaluate", "FOREIGN"), "is not for llmq to run"),
+    (("evaluate", "FOREIGN"), "FOREIGN: it has a kv_cache_scheme; load it with transformers"),
     (("generate", "NO_TOKENIZER", "--prompt", "w3"), "has no tokenizer that can be loaded"),
 ]
 
@@ -179,6 +177,13 @@ def test_bad_input_is_one_line_and_status_2(source: Path, tmp_path: Path, argume
     done = run(*(names.get(a, a) for a in arguments), *out, status=2)
     assert message in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_method_without_data_notes_that_a_calibration_is_not_used(source: Path, tmp_path: Path) -> None:
+    arguments = ("quantize", source / "model", "--method", "rtn", "--group-size", 32)
+    summary = last(run(*arguments, "-o", tmp_path / "a", "--dataset", "nowhere.txt"))
+    assert summary["notes"] == ["method rtn uses no calibration data; what was given is not used"]
+    assert last(run(*arguments, "-o", tmp_path / "b"))["notes"] == []
 
 
 def test_ctrl_c_removes_the_partial_output(source: Path, tmp_path: Path) -> None:
@@ -237,7 +242,7 @@ def test_help_ends_with_examples_that_parse(command: str, monkeypatch: pytest.Mo
 def test_quantize_gives_large_tensors_pages_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """It lasts for the process, so the command does it, and the library function does not."""
     calls: list[str] = []
-    monkeypatch.setattr("llmq.cli.commands.map_large_tensors", lambda: calls.append("map"))
+    monkeypatch.setattr("llmq.memory.map_large_tensors", lambda: calls.append("map"))
     monkeypatch.setattr("llmq.api.quantize", lambda *args, **kwargs: calls.append("quantize") or interrupt())
     with pytest.raises(SystemExit):
         app(("quantize", "m"))

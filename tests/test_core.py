@@ -7,13 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmq.core.grid import Grid, checked_scale, clipped_share, fit, fit_full_range, grouped, quantize
+from llmq.core.grid import Grid, checked_scale, clipped_share, fit, grouped, quantize
 from llmq.core.packing import pack, packed_width, unpack
 from llmq.core.quantized import QuantizedWeight
+from llmq.core.scheme import ActivationGrid, Scheme, scheme_of
 from llmq.errors import LlmqError
+from tests.fixtures import fit_full_range
 
 BITS = (2, 3, 4, 8)
-KINDS = ("tensor", "channel", "group")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -26,10 +27,7 @@ def weights(draw: st.DrawFn) -> tuple[torch.Tensor, Grid, torch.dtype]:
     weight[torch.rand(weight.shape, generator=generator) < 0.1] = 0
     if draw(st.booleans()):
         weight[:, :size] = 0  # a group of zeros
-    kind = draw(st.sampled_from(KINDS))
-    grid = Grid(
-        draw(st.sampled_from(BITS)), size if kind == "group" else None, draw(st.booleans()), per_tensor=kind == "tensor"
-    )
+    grid = Grid(draw(st.sampled_from(BITS)), draw(st.sampled_from((None, size))), draw(st.booleans()))
     return weight, grid, draw(st.sampled_from(DTYPES))
 
 
@@ -155,7 +153,7 @@ def test_packed_bits_are_one_little_endian_stream(bits: int, count: int, seed: i
 
 
 def test_unpack_refuses_a_wrong_width() -> None:
-    with pytest.raises(LlmqError, match="33 codes of 4 bits fill 5 words a row; got 4"):
+    with pytest.raises(LlmqError, match="33 codes of 4 bits need 5 words per row; got 4"):
         unpack(torch.zeros(1, 4, dtype=torch.int32), 4, 33)
 
 
@@ -165,3 +163,22 @@ def test_a_column_of_words_is_read_whatever_its_stride() -> None:
     words = pack(codes, 4).T.clone(memory_format=torch.contiguous_format).T
     assert words.stride(-1) != 1
     assert torch.equal(unpack(words, 4, 8), codes)
+
+
+def test_the_scheme_of_a_weight_states_its_grid_and_the_dtype_of_its_scales() -> None:
+    weight = torch.randn(6, 8)
+    for grid in (Grid(4, 4, False), Grid(3, None, True)):
+        quantized = quantize(weight, *fit(weight, grid, torch.float16), grid)
+        assert scheme_of(quantized) == Scheme(grid, None, torch.float16)
+
+
+def test_a_weight_has_one_scale_per_row_and_group() -> None:
+    codes = torch.zeros(3, 8, dtype=torch.uint8)
+    with pytest.raises(LlmqError, match=r"scale must be \[3, 2\]; got \[1, 1\]"):
+        QuantizedWeight(codes, torch.ones(1, 1), None, 4, 4)
+
+
+def test_activation_grids_are_per_token_or_per_tensor() -> None:
+    assert str(ActivationGrid(8, "token", symmetric=True, dynamic=True)) == "dynamic int8 per token"
+    with pytest.raises(LlmqError, match="activation strategy must be one of token, tensor; got 'channel'"):
+        ActivationGrid(8, "channel", symmetric=True, dynamic=True)

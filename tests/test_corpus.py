@@ -1,4 +1,4 @@
-"""Corpora: what is joined how, that the two splits of the embedded text are disjoint, and every bad input by name."""
+"""Corpora: how texts are joined, that the two splits of the built-in text are disjoint, and that bad input is refused."""
 
 import json
 import sys
@@ -32,7 +32,7 @@ def test_builtin_is_deterministic_and_names_the_python_version():
     assert "evaluation" in first.description
 
 
-def test_topics_are_taken_by_sorted_name_and_evaluation_is_served_first():
+def test_topics_are_split_by_sorted_name_and_evaluation_comes_first():
     topics = {name: f"\nonly {name}\n\nshared\n  text\n" for name in "gfedcba"}
     parts = split_topics(topics)
     assert parts["evaluation"] == "only a\n\nshared\n  text\n\nonly f"
@@ -65,19 +65,19 @@ def fake_datasets(monkeypatch):
 @pytest.mark.parametrize(("split", "part"), [("calibration", "train"), ("evaluation", "test")])
 def test_wikitext2_joins_the_lines_of_its_part(fake_datasets, split, part):
     fake_datasets.answer = lambda: {"text": ["", " = Title = \n", "words \n"]}
-    found = load_text("wikitext2", split)
-    assert found.text == "\n\n = Title = \n\n\nwords \n"
+    loaded = load_text("wikitext2", split)
+    assert loaded.text == "\n\n = Title = \n\n\nwords \n"
     assert fake_datasets.calls == [(("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": part})]
-    assert part in found.description
-    assert found.max_tokens is None
+    assert part in loaded.description
+    assert loaded.max_tokens is None
 
 
 def test_c4_evaluation_is_c4_new(fake_datasets):
     fake_datasets.answer = lambda: ({"text": f"d{i}"} for i in range(5000))
-    found = load_text("c4", "evaluation")
-    assert found.text == " ".join(f"d{i}" for i in range(1100))
-    assert found.max_tokens == 256 * 2048
-    assert "c4-new" in found.description
+    loaded = load_text("c4", "evaluation")
+    assert loaded.text == " ".join(f"d{i}" for i in range(1100))
+    assert loaded.max_tokens == 256 * 2048
+    assert "c4-new" in loaded.description
     ((name,), options), *rest = fake_datasets.calls
     assert not rest
     assert name == "allenai/c4"
@@ -89,11 +89,11 @@ def test_c4_calibration_stops_reading_the_stream(fake_datasets):
     def stream():
         for index in range(corpus.C4_CALIBRATION_DOCUMENTS):
             yield {"text": f"d{index}"}
-        pytest.fail("read more documents than wanted")
+        pytest.fail("read more documents than needed")
 
     fake_datasets.answer = stream
-    found = load_text("c4", "calibration")
-    assert found.text.split("\n\n")[-1] == f"d{corpus.C4_CALIBRATION_DOCUMENTS - 1}"
+    loaded = load_text("c4", "calibration")
+    assert loaded.text.split("\n\n")[-1] == f"d{corpus.C4_CALIBRATION_DOCUMENTS - 1}"
     assert fake_datasets.calls[0][1]["data_files"] == {"train": "en/c4-train.00000-of-01024.json.gz"}
 
 
@@ -111,7 +111,7 @@ def test_no_network_is_one_message_with_the_remedy(fake_datasets, dataset):
     assert isinstance(caught.value.__cause__, ConnectionError)
 
 
-def test_a_stream_that_breaks_while_read_is_refused_too(fake_datasets):
+def test_a_download_that_breaks_off_is_refused(fake_datasets):
     def stream():
         yield {"text": "d"}
         raise TimeoutError("late")
@@ -124,7 +124,7 @@ def test_a_stream_that_breaks_while_read_is_refused_too(fake_datasets):
 @pytest.mark.parametrize("answer", [{"text": []}, {"text": ["", ""]}])
 def test_a_corpus_without_text_is_refused(fake_datasets, answer):
     fake_datasets.answer = lambda: answer
-    with pytest.raises(LlmqError, match="wikitext2 came without any text"):
+    with pytest.raises(LlmqError, match="wikitext2 must hold text; what was downloaded is empty"):
         load_text("wikitext2", "evaluation")
 
 
@@ -138,19 +138,19 @@ def test_missing_datasets_package_names_the_command(monkeypatch):
 def test_a_file_is_the_same_text_for_both_splits(tmp_path, split):
     path = tmp_path / "text.txt"
     path.write_text("zwölf Wörter\n", encoding="utf-8")
-    found = load_text(str(path), split)
-    assert found.text == "zwölf Wörter\n"
-    assert found.name == str(path)
-    assert str(path) in found.description
+    loaded = load_text(str(path), split)
+    assert loaded.text == "zwölf Wörter\n"
+    assert loaded.name == str(path)
+    assert str(path) in loaded.description
 
 
 def test_an_unknown_name_lists_the_names():
-    with pytest.raises(LlmqError, match=r"builtin, wikitext2, c4 or the path of a text file; 'wikitext3'"):
+    with pytest.raises(LlmqError, match=r"builtin, wikitext2, c4 or the path of a text file; 'wikitext3' is neither"):
         load_text("wikitext3", "evaluation")
 
 
 def test_a_folder_is_refused(tmp_path):
-    with pytest.raises(LlmqError, match="is a folder; give a file in it"):
+    with pytest.raises(LlmqError, match="is a folder; use a file in it"):
         load_text(str(tmp_path), "evaluation")
 
 
@@ -177,10 +177,10 @@ def test_conversations_are_read_line_by_line(tmp_path):
     path.write_text(f"{GOOD}\n\n{GOOD}\n")
     assert is_conversations(str(path))
     assert not is_conversations("builtin")
-    with pytest.raises(LlmqError, match="holds conversations, not one text"):
+    with pytest.raises(LlmqError, match="must hold one text, but it holds conversations"):
         load_text(str(path), "calibration")
-    found = load_conversations(str(path))
-    assert [[m["role"] for m in messages] for messages in found] == [["user", "assistant"]] * 2
+    loaded = load_conversations(str(path))
+    assert [[m["role"] for m in messages] for messages in loaded] == [["user", "assistant"]] * 2
 
 
 @pytest.mark.parametrize(

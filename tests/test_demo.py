@@ -1,4 +1,4 @@
-"""The embedded default: where it lies, what is said where it is missing, and the copy in general position."""
+"""The demo model: how it is located, which commands install it, and the copy off the 4-bit grid."""
 
 import hashlib
 import importlib.machinery
@@ -86,7 +86,7 @@ def moved(dtype=torch.bfloat16, seed=0):
     return net
 
 
-def test_the_recipe_block_by_block():
+def test_noise_is_added_block_by_block_as_documented():
     before, after = Net(), moved()
     generator = torch.Generator().manual_seed(0)
     for name in ("up", "down"):
@@ -97,12 +97,12 @@ def test_the_recipe_block_by_block():
                 values = weight[row, 32 * block : 32 * block + 32]
                 step = (values.max() - values.min()) / 15
                 expected = (values + noise[row, block] * step * 0.5).bfloat16()
-                found = after.block[name].weight[row, 32 * block : 32 * block + 32]
-                assert torch.equal(found, expected)
-                assert (found.float() - values).abs().max() > 0.1 * step, "noise that does not move anything"
+                actual = after.block[name].weight[row, 32 * block : 32 * block + 32]
+                assert torch.equal(actual, expected)
+                assert (actual.float() - values).abs().max() > 0.1 * step, "the noise moves nothing"
 
 
-def test_nothing_but_the_linears_before_the_head_moves():
+def test_only_linears_other_than_the_head_change():
     before, after = Net().state_dict(), moved().state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"block.up.weight", "block.down.weight"}
@@ -112,19 +112,19 @@ def test_every_dtype_gets_the_same_values():
     half, full = moved(), Net(torch.float32)
     with torch.no_grad():
         for parameter in full.parameters():
-            parameter.mul_(1 + 1e-4)  # what bfloat16 rounds away
+            parameter.mul_(1 + 1e-4)  # bfloat16 rounds this away
     general_position(full)
     for name in ("up", "down"):
         assert torch.equal(full.block[name].weight, half.block[name].weight.float())
 
 
-def test_the_seed_decides():
+def test_the_seed_decides_the_noise():
     assert torch.equal(moved().block["up"].weight, moved().block["up"].weight)
     assert not torch.equal(moved().block["up"].weight, moved(seed=1).block["up"].weight)
 
 
 def test_a_width_that_32_does_not_divide_is_refused():
-    with pytest.raises(LlmqError, match=r"32 divides; block\.up has 48"):
+    with pytest.raises(LlmqError, match=r"divisible by 32; block\.up has 48"):
         general_position(Net(width=48))
 
 
@@ -142,7 +142,7 @@ def load_demo():
 
 
 @pytest.mark.slow
-def test_the_copy_of_the_real_model_is_the_published_one():
+def test_the_copy_of_the_real_model_has_the_published_weights():
     model = load_demo()
     general_position(model)
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""What is told of each linear's kernel and launch, and that each distinct problem is run once beforehand."""
+"""`explain` names each linear's kernel and launch; `warmup` runs each distinct problem once."""
 
 from __future__ import annotations
 
@@ -9,48 +9,59 @@ import torch
 
 import llmq
 from llmq.kernels import cpu_int4, slab, wna16
-from llmq.kernels.launch import Device
+from llmq.kernels.launch import Device, Row
 from llmq.kernels.problem import Problem
 from llmq.serving.linear import QuantLinear
 from tests.fixtures import DISK, IDS, checkpoint
 
 
-def test_rows_and_joined_linears_are_told(tmp_path: Path) -> None:
+def test_explain_names_kernels_by_rows_and_fused_linears(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "a")
     plain, fused = llmq.load(folder), llmq.load(folder, fuse=True)
     first = llmq.explain(fused)[0]
-    assert (first.few_rows, first.launch, first.joined) == ("cpu_int4", None, ("q_proj", "k_proj", "v_proj"))
+    assert (first.few_rows, first.launch, first.fused) == ("cpu_int4", None, ("q_proj", "k_proj", "v_proj"))
     assert "; 1 row: cpu_int4 for q_proj, k_proj, v_proj as one; 512 rows: slab" in str(first)
-    assert llmq.explain(fused)[3].joined == ()
-    assert all(row.joined == () for row in llmq.explain(plain))
+    assert llmq.explain(fused)[3].fused == ()
+    assert all(row.fused == () for row in llmq.explain(plain))
     many = llmq.explain(fused, rows=64)[0]
-    assert (many.few_rows, many.joined) == ("slab", ())
+    assert (many.few_rows, many.fused) == ("slab", ())
     assert "(cpu_int4 is for up to 48 rows" in str(many)
-    for wrong, told in (
+    for wrong, message in (
         ({"rows": 0}, "rows must be at least 1; got 0"),
-        ({"rows": 1.5}, "rows must be whole numbers; got 1.5"),
+        ({"rows": 1.5}, "rows must be an integer; got 1.5"),
         ({"dtype": "bfloat16"}, "dtype must be a torch.dtype; got 'bfloat16'"),
     ):
-        with pytest.raises(llmq.LlmqError, match=told):
+        with pytest.raises(llmq.LlmqError, match=message):
             llmq.explain(plain, **wrong)
 
 
-def test_printed_linears_alike_are_told_together(tmp_path: Path) -> None:
+def test_printing_groups_linears_with_the_same_summary(tmp_path: Path) -> None:
     rows = llmq.explain(llmq.load(checkpoint(tmp_path / "a"), fuse=True))
-    assert rows[1].told == rows[0].told
+    assert rows[1].summary == rows[0].summary
     lines = str(rows).splitlines()
     layers = len({row.name.split(".")[2] for row in rows})
-    assert lines[0] == f"{3 * layers} linears: {rows[0].told}"
+    assert lines[0] == f"{3 * layers} linears: {rows[0].summary}"
     assert lines[1] == f"    model.layers.{{0-{layers - 1}}}.self_attn.{{q_proj, k_proj, v_proj}}"
 
 
-def test_a_launch_says_where_it_is_from(monkeypatch: pytest.MonkeyPatch) -> None:
+MEASURED = Row("float16", group=128, bucket=8, n=4096, k=4096, bn=64, warps=8, stages=3, split=2)
+
+
+@pytest.mark.parametrize(
+    ("table", "launch"),
+    [
+        ((), "bm8 bn64 split8 stages4 warps4 assembly (by rule)"),
+        ((MEASURED,), "bm8 bn64 split2 stages3 warps8 assembly (measured)"),
+    ],
+    ids=["without a table", "with a table"],
+)
+def test_a_launch_states_whether_it_was_measured(
+    table: tuple[Row, ...], launch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(wna16, "device_of", lambda _: Device("sm_90", 132))
+    monkeypatch.setattr(wna16, "table_of", lambda _: table)
     problem = Problem(4096, 4096, 4, 128, True, torch.float16, torch.float16, "cuda")
-    told = wna16.launch_of(problem, 1, torch.device("cuda"))
-    assert told is not None
-    assert told.startswith("bm8 bn")
-    assert told.endswith("assembly (measured)") or told.endswith("assembly (by rule)")
+    assert wna16.launch_of(problem, 1, torch.device("cuda")) == launch
     assert wna16.launch_of(problem, 0, torch.device("cuda")) is None
 
 
@@ -77,7 +88,7 @@ def test_each_distinct_problem_is_run_once(
         llmq.warmup(model, [1, 0])
 
 
-def test_after_it_nothing_is_left_to_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_warmup_a_forward_makes_no_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = checkpoint(tmp_path / "a")
     model = llmq.load(folder, fuse=True, dtype=torch.float32)
     assert all(row.kernel == "slab" for row in llmq.warmup(model))
@@ -87,8 +98,8 @@ def test_after_it_nothing_is_left_to_make(tmp_path: Path, monkeypatch: pytest.Mo
         model(IDS[:1, :1])
 
 
-def test_offloaded_weights_are_left_alone(tmp_path: Path) -> None:
+def test_warmup_skips_offloaded_weights(tmp_path: Path) -> None:
     layers = {f"model.layers.{i}": "disk" if i > 1 else "cpu" for i in range(4)}
     model = llmq.load(checkpoint(tmp_path / "a"), device_map={**DISK, **layers}, offload_folder=tmp_path / "off")
     assert len(llmq.warmup(model)) == 4
-    assert all(m._layouts == {} for m in model.modules() if isinstance(m, QuantLinear) and m.streamed)
+    assert all(m._layouts == {} for m in model.modules() if isinstance(m, QuantLinear) and m.offloaded)

@@ -1,24 +1,28 @@
-"""compressed-tensors on disk: round trips, the config, and the library itself as oracle in both directions."""
+"""The contract of every format in `FORMATS`: exact round trips, specs that match, configs that parse, honest refusals."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmq.core.grid import Grid, fit, fit_full_range, quantize
+from llmq.core.grid import Grid, fit, quantize
 from llmq.core.quantized import QuantizedWeight
+from llmq.core.scheme import ActivationGrid, Scheme, scheme_of
 from llmq.errors import LlmqError
-from llmq.formats import FORMATS
-from llmq.formats import compressed_tensors as ct
+from llmq.formats import DEFAULT_FORMAT, FORMATS, IN_MEMORY, format_named, format_of, unsupported_reason
+from llmq.formats.base import Format, Layout, LayoutGroup, check_specs, matches, spec_of
+from tests.fixtures import fit_full_range
 
-BITS = (2, 3, 4, 8)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+each_format = pytest.mark.parametrize("disk_format", FORMATS, ids=lambda each: each.name)
+# One layer's linears: q, k and v share an input, as do gate and up.
+NAMES = [f"model.layers.{i}.{name}" for i in range(12) for name in ("attn.q", "attn.o", "mlp.up", "mlp.down")]
 
 
 def quantized(
@@ -29,196 +33,186 @@ def quantized(
     return quantize(weight, *choose(weight, grid, dtype), grid)
 
 
-@pytest.mark.parametrize("layout", FORMATS, ids=lambda module: module.NAME)
+def stored_schemes(disk_format: Format) -> list[Scheme]:
+    """Weight-only schemes that the format stores, of all combinations that llmq can round to."""
+    candidates = [
+        Scheme(Grid(bits, size, symmetric), None, disk_format.scale_dtype(dtype))
+        for bits in (2, 3, 4, 8)
+        for size in (None, 32, 64, 128)
+        for symmetric in (True, False)
+        for dtype in DTYPES
+    ]
+    return [scheme for scheme in dict.fromkeys(candidates) if disk_format.refusal(scheme) is None]
+
+
+def test_formats_are_found_by_name_and_by_config() -> None:
+    assert len({each.name for each in FORMATS}) == len(FORMATS)
+    for each in FORMATS:
+        assert format_named(each.name) is each
+        assert format_of({"quant_method": each.name}) is each
+    assert IN_MEMORY in FORMATS
+    assert DEFAULT_FORMAT in FORMATS
+    assert format_of({"quant_method": "unknown"}) is None
+    assert unsupported_reason({"quant_method": "unknown"}) == "quant_method is 'unknown', not 'compressed-tensors'"
+    with pytest.raises(LlmqError, match="format must be one of compressed-tensors; got 'unknown'"):
+        format_named("unknown")
+
+
+@each_format
+def test_every_format_stores_some_scheme(disk_format: Format) -> None:
+    assert stored_schemes(disk_format)
+    assert disk_format.scale_name in disk_format.tensor_names
+    assert set(disk_format.metadata_names) < set(disk_format.tensor_names) <= set(disk_format.reserved_names)
+
+
+@each_format
 @given(
-    st.integers(1, 40), st.integers(1, 5), st.sampled_from((None, 1, 3, 32)), st.sampled_from(BITS), st.booleans(),
-    st.sampled_from((torch.bfloat16, torch.float16, torch.float32)), st.integers(0, 99),
+    st.integers(1, 40), st.integers(1, 5), st.sampled_from((None, 1, 3, 32)), st.sampled_from((2, 3, 4, 5, 6, 8)),
+    st.booleans(), st.sampled_from((*DTYPES, torch.float64)), st.integers(0, 99),
 )  # fmt: skip
-@settings(max_examples=120, deadline=None)
-def test_encode_and_decode_are_exact(layout, rows, groups, size, bits, symmetric, dtype, seed) -> None:  # type: ignore[no-untyped-def]
-    grid = Grid(bits, size, symmetric)
-    columns = groups * (size or 7)
-    weight = quantized(rows, columns, grid, dtype, seed)
-    tensors = layout.encode(weight)
-    expected = layout.specs((rows, columns), grid, dtype)
-    layout.check(tensors, expected)
-    again = layout.decode(tensors, grid)
+@settings(max_examples=150, deadline=None)
+def test_a_scheme_is_refused_or_stored_exactly(disk_format, rows, groups, size, bits, symmetric, dtype, seed) -> None:  # type: ignore[no-untyped-def]
+    shape = rows, groups * (size or 7)
+    weight = quantized(*shape, Grid(bits, size, symmetric), dtype, seed)
+    scheme = scheme_of(weight)
+    reason = disk_format.refusal(scheme)
+    if reason is not None:
+        for refused in (lambda: disk_format.encode(weight), lambda: disk_format.specs(shape, scheme)):
+            with pytest.raises(LlmqError) as caught:
+                refused()
+            assert str(caught.value) == f"{disk_format.name} {reason}"
+        return
+    tensors = disk_format.encode(weight)
+    assert {name: spec_of(tensor) for name, tensor in tensors.items()} == disk_format.specs(shape, scheme)
+    assert set(tensors) <= set(disk_format.tensor_names)
+    assert tensors[disk_format.scale_name].dtype == scheme.scale_dtype
+    disk_format.check_values(tensors, shape)
+    again = disk_format.decode(tensors, scheme)
+    assert scheme_of(again) == scheme
     assert torch.equal(again.codes, weight.codes)
     assert torch.equal(again.scale, weight.scale)
-    assert (again.zero is None) == symmetric
     assert symmetric or torch.equal(again.zero, weight.zero)
 
 
-def test_specs_count_the_bytes() -> None:
-    grid = Grid(4, 32, symmetric=False)
-    tensors = ct.encode(quantized(48, 64, grid))
-    specs = ct.specs((48, 64), grid, torch.bfloat16)
-    assert {name: spec.nbytes for name, spec in specs.items()} == {name: t.nbytes for name, t in tensors.items()}
+@each_format
+def test_specs_count_the_bytes(disk_format: Format) -> None:
+    for scheme in stored_schemes(disk_format):
+        tensors = disk_format.encode(quantized(48, 128, scheme.weight, scheme.scale_dtype))
+        specs = disk_format.specs((48, 128), scheme)
+        assert {name: spec.nbytes for name, spec in specs.items()} == {name: t.nbytes for name, t in tensors.items()}
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"weight_packed": None}, "weight_packed is missing"),
-        ({"weight_g_idx": torch.zeros(64, dtype=torch.int32)}, "weight_g_idx is not part of this scheme"),
-        ({"weight_packed": torch.zeros(48, 8)}, "weight_packed must be torch.int32 .48, 8.; got torch.float32"),
-        (
-            {"weight_scale": torch.zeros(2, 48, dtype=torch.bfloat16)},
-            "weight_scale must be .* got torch.bfloat16 .2, 48.",
-        ),
-    ],
-)
-def test_decode_refuses_what_does_not_fit(change: dict[str, torch.Tensor | None], message: str) -> None:
-    grid = Grid(4, 32, symmetric=True)
-    tensors = {**ct.encode(quantized(48, 64, grid)), **change}
-    with pytest.raises(LlmqError, match=message):
-        ct.decode({name: tensor for name, tensor in tensors.items() if tensor is not None}, grid)
+@each_format
+def test_decode_refuses_tensors_that_disagree_with_the_scheme(disk_format: Format) -> None:
+    scheme = stored_schemes(disk_format)[0]
+    tensors = disk_format.encode(quantized(48, 128, scheme.weight, scheme.scale_dtype))
+    for name, tensor in tensors.items():
+        rest = {other: value for other, value in tensors.items() if other != name}
+        with pytest.raises(LlmqError, match=f"{name} is missing"):
+            disk_format.decode(rest, scheme)
+        if name not in disk_format.metadata_names:
+            for wrong in (tensor[:-1], tensor.double()):
+                with pytest.raises(LlmqError, match=f"{name} must be .*; got {wrong.dtype!s}"):
+                    disk_format.decode({**rest, name: wrong}, scheme)
+    with pytest.raises(LlmqError, match="extra is not part of this scheme"):
+        disk_format.decode({**tensors, "extra": torch.zeros(1)}, scheme)
 
 
-def test_per_tensor_scales_have_no_place_in_the_format() -> None:
-    grid = Grid(4, None, symmetric=True, per_tensor=True)
-    with pytest.raises(LlmqError, match="not per tensor"):
-        ct.encode(quantized(4, 32, grid, seed=0))
+@each_format
+@pytest.mark.parametrize("broken", [0.0, float("nan"), float("inf")])
+def test_broken_scales_and_shapes_are_found_by_value(disk_format: Format, broken: float) -> None:
+    scheme = stored_schemes(disk_format)[0]
+    tensors = disk_format.encode(quantized(48, 128, scheme.weight, scheme.scale_dtype))
+    tensors[disk_format.scale_name] = tensors[disk_format.scale_name].clone()
+    tensors[disk_format.scale_name][-1, -1] = broken
+    with pytest.raises(LlmqError, match=f"a.b.{disk_format.scale_name} holds NaN, inf or zero"):
+        disk_format.check_values(tensors, (48, 128), "a.b.")
 
 
-GRIDS = [
-    {f"layers.{i}.{name}": Grid(4, 64, True) for i in range(12) for name in ("a.q", "a.o", "m.down")},
-    {
-        **{f"layers.{i}.a.q": Grid(4, 64, True) for i in range(12)},
-        **{f"layers.{i}.m.down": Grid(4, 32, True) for i in range(12)},
-    },
-    {"layers.0.q": Grid(8, 64, False), "layers.1.q": Grid(4, None, True), "layers.2.q": Grid(4, 64, True)},
-]
+@each_format
+def test_quantized_activations_are_refused_by_name(disk_format: Format) -> None:
+    """No format stores them yet. One that does returns no refusal, and then must write and parse them."""
+    weight_only = stored_schemes(disk_format)[0]
+    for activation in (ActivationGrid(8, "token", True, True), ActivationGrid(8, "tensor", False, False)):
+        scheme = Scheme(weight_only.weight, activation, weight_only.scale_dtype)
+        reason = disk_format.refusal(scheme)
+        if reason is None:
+            assert scheme_in(disk_format, {"a": scheme}, "a") == scheme
+            continue
+        assert str(activation) in reason
+        for refused in (
+            lambda s=scheme: disk_format.specs((48, 128), s),
+            lambda s=scheme: disk_format.config({"a": s}, [], True),
+        ):
+            with pytest.raises(LlmqError, match=str(activation)):
+                refused()
 
 
-@pytest.mark.parametrize("grids", GRIDS, ids=["one", "by kind", "mixed"])
-def test_config_says_the_grid_of_every_module(grids: dict[str, Grid]) -> None:
-    written = json.loads(json.dumps(ct.config(grids, ["lm_head"], ordered=True)))
-    layout = ct.parse(written)
-    for name, grid in grids.items():
-        assert layout.grid_for(name, ("Linear", "Module")) == grid
-    assert layout.grid_for("lm_head", ("Linear",)) is None
-    assert layout.grid_for("embed", ("Embedding",)) is None
+def parsed(disk_format: Format, schemes: dict[str, Scheme], ignore: list[str], ordered: bool) -> Layout:
+    """The config of `schemes`, written to JSON and parsed again."""
+    config: dict[str, Any] = json.loads(json.dumps(disk_format.config(schemes, ignore, ordered)))
+    assert format_of(config) is disk_format
+    assert disk_format.unsupported_reason(config) is None
+    return disk_format.parse(config)
 
 
-def test_groups_by_kind_are_written_as_short_patterns() -> None:
-    groups = ct.config(GRIDS[1], [], ordered=False)["config_groups"]
-    assert [group["targets"] for group in groups.values()] == [[r"re:.*\.q$"], [r"re:.*\.down$"]]
+def scheme_in(disk_format: Format, schemes: dict[str, Scheme], name: str) -> Scheme | None:
+    return parsed(disk_format, schemes, [], False).scheme_for(name, ("Linear", "Module"), schemes[name].scale_dtype)
 
 
-def broken(**changes: object) -> dict[str, object]:
-    config = ct.config({"a": Grid(4, 32, True)}, [], ordered=False)
-    for path, value in changes.items():
-        place = config
-        *parents, last = path.split("__")
-        for parent in parents:
-            place = place[parent]
-        place[last] = value
-    return config
+@each_format
+@pytest.mark.parametrize("ordered", [True, False])
+def test_the_config_gives_back_the_scheme_of_every_module(disk_format: Format, ordered: bool) -> None:
+    for scheme in stored_schemes(disk_format):
+        found = parsed(disk_format, dict.fromkeys(NAMES, scheme), ["lm_head"], ordered)
+        assert {found.scheme_for(name, ("Linear", "Module"), scheme.scale_dtype) for name in NAMES} == {scheme}
+        assert found.scheme_for("lm_head", ("Linear", "Module"), scheme.scale_dtype) is None
+        assert found.scheme_for("model.embed", ("Embedding", "Module"), scheme.scale_dtype) is None
 
 
-WEIGHTS = "config_groups__group_0__weights__"
+@each_format
+def test_mixed_schemes_are_refused_or_given_back(disk_format: Format) -> None:
+    for pair in combinations([s for s in stored_schemes(disk_format) if s.scale_dtype == torch.float16], 2):
+        by_kind = {name: pair[name.endswith("down")] for name in NAMES}
+        by_layer = {name: pair["layers.3." in name] for name in NAMES}
+        for schemes in (by_kind, by_layer):
+            try:
+                found = parsed(disk_format, schemes, ["lm_head"], True)
+            except LlmqError:
+                continue
+            for name, scheme in schemes.items():
+                assert found.scheme_for(name, ("Linear", "Module"), torch.float16) == scheme
 
 
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        (broken(quant_method="gptq"), "quant_method is 'gptq'"),
-        (broken(quantization_status="frozen"), "quantization_status is 'frozen'"),
-        (broken(config_groups={}), "no config_groups"),
-        (broken(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
-        (broken(config_groups__group_0__format="float-quantized"), "format is 'float-quantized'"),
-        (broken(config_groups__group_0__input_activations={"num_bits": 8}), "activations are quantized"),
-        (broken(**{WEIGHTS + "type": "float"}), "not static integers"),
-        (broken(**{WEIGHTS + "strategy": "tensor"}), "strategy is 'tensor'"),
-        (broken(**{WEIGHTS + "actorder": "group"}), "activation order"),
-        (broken(**{WEIGHTS + "num_bits": 5}), "num_bits is 5"),
-    ],
-)
-def test_schemes_that_are_not_ours_are_told_apart(config: dict[str, object], reason: str) -> None:
-    found = ct.foreign(config)
-    assert found is not None
-    assert reason in found
-    with pytest.raises(LlmqError, match="not a checkpoint that llmq runs"):
-        ct.parse(config)
+@each_format
+def test_configs_of_other_formats_are_not_supported(disk_format: Format) -> None:
+    config = disk_format.config({"a": stored_schemes(disk_format)[0]}, [], False)
+    for changed in ({**config, "quant_method": "unknown"}, {}):
+        assert disk_format.unsupported_reason(changed) is not None
+        with pytest.raises(LlmqError, match="llmq cannot run this checkpoint: "):
+            disk_format.parse(changed)
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (broken(**{WEIGHTS + "group_size": "64"}), "group_size must be a positive integer; got '64'"),
-        (broken(**{WEIGHTS + "group_size": 0}), "group_size must be a positive integer; got 0"),
-        (broken(config_groups__group_0__targets="Linear"), "targets must be a list of strings"),
-        (broken(ignore=["re:("]), "broken regex 're:\\('"),
-        (broken(ignore=[3]), "patterns must be strings; got 3"),
-    ],
-)
-def test_malformed_configs_are_refused_by_name(config: dict[str, object], message: str) -> None:
-    with pytest.raises(LlmqError, match=message):
-        ct.parse(config)
+def test_a_target_by_name_wins_over_one_by_class() -> None:
+    wide, narrow = Grid(8, None, True), Grid(4, 32, True)
+    found = Layout((LayoutGroup(("Linear",), narrow), LayoutGroup(("re:.*down$",), wide)), ("lm_head",))
+    for name, grid in (("mlp.down", wide), ("mlp.up", narrow)):
+        assert found.scheme_for(name, ("Linear",), torch.float16) == Scheme(grid, None, torch.float16)
+    assert found.scheme_for("lm_head", ("Linear",), torch.float16) is None
 
 
-ORACLE = """
-import json, sys, torch
-from safetensors.torch import load_file, save_file
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationScheme
-folder = sys.argv[1]
-cases = json.load(open(f"{folder}/cases.json"))
-library = BaseCompressor.get_value_from_registry("pack-quantized")
-for index, group in enumerate(cases):
-    scheme = QuantizationScheme(**group)
-    ours = load_file(f"{folder}/{index}.safetensors")
-    decoded = library.decompress(ours, scheme)
-    dense = {k: decoded[k] for k in ("weight", "weight_scale", "weight_zero_point") if k in decoded}
-    theirs = {k: v.contiguous() for k, v in library.compress(dense, scheme).items()}
-    save_file({"weight": decoded["weight"].contiguous()}, f"{folder}/{index}.decoded")
-    save_file(theirs, f"{folder}/{index}.packed")
-    save_file({"weight": library.decompress(theirs, scheme)["weight"].contiguous()}, f"{folder}/{index}.again")
-"""
+def test_patterns_are_names_classes_or_regexes_that_match_from_the_start() -> None:
+    assert matches("a.b", "a.b", ())
+    assert not matches("a", "a.b", ())
+    assert matches("Linear", "a.b", ("Linear", "Module"))
+    assert matches("re:a", "a.b", ())
+    assert not matches("re:b", "a.b", ("b",))
 
 
-def library_versions() -> list[str]:
-    return ["0.17.0", "0.18.0", "0.19.0", "0.20.0"]
-
-
-def run_oracle(folder: Path, python_path: str | None) -> None:
-    """Have the library decode and encode our tensors of 16 cases, and compare bit by bit."""
-    from safetensors.torch import load_file, save_file
-
-    cases, weights = [], []
-    for bits in (2, 4, 8):
-        for size in (None, 32):
-            for symmetric in (True, False):
-                for dtype in (torch.bfloat16, torch.float32):
-                    grid = Grid(bits, size, symmetric)
-                    weight = quantized(48, 96, grid, dtype, seed=len(cases))
-                    save_file(ct.encode(weight), folder / f"{len(cases)}.safetensors")
-                    cases.append(ct.config({"a": grid}, [], ordered=True)["config_groups"]["group_0"])
-                    weights.append(weight)
-    (folder / "cases.json").write_text(json.dumps(cases))
-    environment = None if python_path is None else {"PYTHONPATH": python_path}
-    done = subprocess.run([sys.executable, "-c", ORACLE, str(folder)], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    for index, weight in enumerate(weights):
-        decoded = load_file(folder / f"{index}.decoded")["weight"]
-        assert torch.equal(decoded, weight.dequantize()), cases[index]
-        grid = Grid(weight.bits, None if weight.group_size == 96 else weight.group_size, weight.symmetric)
-        ours = ct.decode(load_file(folder / f"{index}.packed"), grid).dequantize()
-        assert torch.equal(ours, load_file(folder / f"{index}.again")["weight"]), "we decode what the library writes"
-
-
-def test_the_library_decodes_ours_and_we_decode_the_librarys(tmp_path: Path) -> None:
-    pytest.importorskip("compressed_tensors")
-    run_oracle(tmp_path, None)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("version", library_versions())
-def test_every_supported_version_of_the_library_agrees(tmp_path: Path, version: str) -> None:
-    target = tmp_path / "site"
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target)]
-    got = subprocess.run([*command, f"compressed-tensors=={version}"], capture_output=True, text=True)
-    if got.returncode:
-        pytest.skip(f"compressed-tensors {version} could not be installed: {got.stderr.strip().splitlines()[-1:]}")
-    run_oracle(tmp_path, str(target))
+def test_specs_that_differ_are_named() -> None:
+    spec = spec_of(torch.zeros(2, 3))
+    check_specs({"a": spec}, {"a": spec})
+    with pytest.raises(LlmqError, match="x.b is missing"):
+        check_specs({"a": spec}, {"a": spec, "b": spec}, "x.")
+    with pytest.raises(LlmqError, match=r"a must be torch.float32 \[2, 3\]; got torch.float32 \[3, 2\]"):
+        check_specs({"a": spec_of(torch.zeros(3, 2))}, {"a": spec})

@@ -1,10 +1,11 @@
-"""Linears that read one input, run as one: the same outputs, nothing else changed, and what cannot be joined."""
+"""Fused linears: the same outputs as unfused ones, nothing else changed, and what cannot be fused."""
 
 from __future__ import annotations
 
 import copy
 import io
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 import llmq
 from llmq.core.grid import Grid
 from llmq.errors import LlmqError
+from llmq.hf.text_decoder import text_decoder
 from llmq.kernels import cpu_int4
-from llmq.serving.fused import Joined, join, joined_linears, shared_inputs
+from llmq.serving.fused import FusedLinears, fuse_linears, fused_linears, shared_inputs
 from llmq.serving.linear import QuantLinear
 from tests.fixtures import BF16, DISK, IDS, K, checkpoint, logits, quantized_weight, rows
 from tests.tiny import ARCHITECTURES
@@ -40,10 +42,10 @@ class Three(nn.Module):
         return torch.cat((self.q(x), self.k(x), self.v(x)), -1)
 
 
-def three(grid: Grid | None = None, **options: object) -> tuple[Three, Joined]:
+def three(grid: Grid | None = None, **options: object) -> tuple[Three, FusedLinears]:
     module = Three(grid or Grid(4, 32, True), **options)  # type: ignore[arg-type]
-    (joined,) = join(module)
-    return module, joined
+    (group,) = fuse_linears(module)
+    return module, group
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -53,7 +55,7 @@ def test_one_matmul_gives_the_same_bits(
     bits: int, symmetric: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grid = Grid(bits, 32, symmetric)
-    module, joined = three(grid, bias=bias)
+    module, group = three(grid, bias=bias)
     calls = []
     run = cpu_int4.run
     monkeypatch.setattr(cpu_int4, "run", lambda *args: calls.append(args[0].shape) or run(*args))
@@ -63,54 +65,54 @@ def test_one_matmul_gives_the_same_bits(
             calls.clear()
             got = module(x=x)
             assert len(calls) == 1
-            assert joined.left is None, "nothing is kept"
+            assert group.pending is None, "every output was taken"
             assert torch.equal(got, Three(grid, bias=bias)(x=x))
-    assert all(member._layouts == {} for member in joined.members), "one layout in the place of three"
+    assert all(member._layouts == {} for member in group.members), "the shared layout replaces their own"
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_architecture_says_the_same_fused(tmp_path: Path, arch: str) -> None:
+def test_fusing_changes_no_bit_on_any_architecture(tmp_path: Path, arch: str) -> None:
     folder = checkpoint(tmp_path / "a", arch)
     plain, fused = llmq.load(folder), llmq.load(folder, fuse=True)
     for ids in (IDS[:1, :1], IDS[:1]):
         with torch.no_grad():
             assert torch.equal(plain(ids).logits, fused(ids).logits)
-    groups = [joined.names for joined in joined_linears(fused)]
+    groups = [group.names for group in fused_linears(fused)]
     if arch in ("llama", "qwen2", "gemma3_text", "cohere"):
         assert [name.rpartition(".")[2] for names in groups[:2] for name in names] == [
             *("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
         ]
         assert len(groups) == 8
     if arch in ("gpt_neox", "bloom", "falcon"):
-        assert groups == [], "one linear is what they have"
-    assert all(joined.left is None for joined in joined_linears(fused))
+        assert groups == [], "their query, key and value are one linear"
+    assert all(group.pending is None for group in fused_linears(fused))
     written = [m.generate(IDS[:1], max_new_tokens=6, do_sample=False) for m in (plain, fused)]
     assert torch.equal(*written)
 
 
-def test_a_fused_model_saves_moves_copies_and_loads_as_any(tmp_path: Path) -> None:
+def test_a_fused_model_saves_moves_copies_and_loads_like_an_unfused_one(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "a", "qwen2")
     plain, fused = llmq.load(folder), llmq.load(folder, fuse=True)
     want = logits(plain)
     assert {k: v.shape for k, v in fused.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
     fused.save_pretrained(tmp_path / "b")
     assert torch.equal(logits(llmq.load(tmp_path / "b")), want)
-    twin = copy.deepcopy(fused)
-    assert torch.equal(logits(twin), want)
-    assert not {id(m) for j in joined_linears(twin) for m in j.members} & {id(m) for m in fused.modules()}
+    copied = copy.deepcopy(fused)
+    assert torch.equal(logits(copied), want)
+    assert not {id(m) for group in fused_linears(copied) for m in group.members} & {id(m) for m in fused.modules()}
     state = llmq.load(checkpoint(tmp_path / "c", "qwen2", scales="search"))
     fused.load_state_dict(state.state_dict())
-    assert torch.equal(logits(fused), logits(state)), "layouts follow what is loaded"
-    assert torch.equal(logits(twin), want)
-    half = twin.to(torch.float16)
+    assert torch.equal(logits(fused), logits(state)), "layouts are rebuilt after loading"
+    assert torch.equal(logits(copied), want)
+    half = copied.to(torch.float16)
     torch.testing.assert_close(logits(half).float(), logits(plain.to(torch.float16)).float(), rtol=1e-2, atol=1e-2)
     file = io.BytesIO()
-    torch.save(joined_linears(fused)[0].members[0], file)
+    torch.save(fused_linears(fused)[0].members[0], file)
     file.seek(0)
     torch.load(file, weights_only=False)
 
 
-def test_whoever_is_called_first_and_whatever_is_called_again() -> None:
+def test_linears_are_called_in_any_order_and_again() -> None:
     module, _ = three()
     alone, x, y = Three(Grid(4, 32, True)), rows(2), rows(3)
     with torch.no_grad():
@@ -123,7 +125,7 @@ def test_whoever_is_called_first_and_whatever_is_called_again() -> None:
         x.mul_(2)
         assert torch.equal(module.v(x), alone.v(x)), "a changed input is noticed"
         assert torch.equal(module.v(x.clone()), alone.v(x))
-    assert torch.equal(module.k(rows(60)), alone.k(rows(60))), "many rows run one by one"
+    assert torch.equal(module.k(rows(60)), alone.k(rows(60))), "with many rows each linear runs alone"
     few = rows(2).requires_grad_()
     module(x=few).float().sum().backward()
     other = rows(2).requires_grad_()
@@ -131,7 +133,33 @@ def test_whoever_is_called_first_and_whatever_is_called_again() -> None:
     assert torch.equal(few.grad, other.grad)
 
 
-def test_threads_do_not_see_each_other() -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
+def test_a_linear_called_alone_releases_its_input_and_the_other_outputs(mode: type) -> None:
+    module, group = three()
+    with mode():
+        x = rows(2)
+        module.q(x)
+        assert group.pending is not None
+        kept = [weakref.ref(x), *(weakref.ref(y) for y in group.pending[2].values())]
+        assert len(kept) == 3
+        del x
+    assert [reference() for reference in kept] == [None] * 3
+    assert group.pending is None
+
+
+def test_an_input_freed_late_does_not_drop_the_outputs_of_the_next() -> None:
+    module, group = three()
+    with torch.no_grad():
+        first, second = rows(2), rows(3)
+        module.q(first)
+        module.q(second)
+        pending = group.pending
+        del first
+        assert group.pending is pending
+        assert torch.equal(module.k(second), Three(Grid(4, 32, True)).k(second))
+
+
+def test_threads_do_not_share_outputs() -> None:
     module, _ = three()
     alone, wrong = Three(Grid(4, 32, True)), []
 
@@ -158,20 +186,20 @@ def test_it_compiles_into_one_matmul(bias: bool) -> None:
         graphs.append(graph.code)
         return graph
 
-    module, joined = three(bias=bias)
+    module, group = three(bias=bias)
     compiled = torch.compile(module, fullgraph=True, backend=keep)
     with torch.no_grad():
         alone = Three(Grid(4, 32, True), bias=bias)(x=rows(1))
-        assert torch.allclose(compiled(x=rows(1)), alone, rtol=2e-2, atol=0.1), "before there is a layout"
-        joined.whole.ready(BF16)
+        assert torch.allclose(compiled(x=rows(1)), alone, rtol=2e-2, atol=0.1), "without a layout"
+        group.stacked.ready(BF16)
         for _ in range(3):
             assert torch.equal(compiled(x=rows(1)), alone)
     assert graphs[-1].count("int4pack_mm") == 1
     assert len(graphs) == 2
-    assert joined.left is None
+    assert group.pending is None
 
 
-def test_a_fused_model_compiles_whole(tmp_path: Path) -> None:
+def test_a_fused_model_compiles_into_one_graph(tmp_path: Path) -> None:
     torch._dynamo.reset()
     model = llmq.load(checkpoint(tmp_path / "a"), fuse=True)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -180,33 +208,38 @@ def test_a_fused_model_compiles_whole(tmp_path: Path) -> None:
             torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=2e-2, atol=2e-2)
 
 
-def test_what_cannot_be_joined_is_said(tmp_path: Path) -> None:
+def test_linears_that_cannot_be_fused_are_refused(tmp_path: Path) -> None:
     changes = [
-        (QuantLinear.from_quantized(quantized_weight(Grid(8, 32, True))), "different bits, groups or symmetry"),
-        (QuantLinear.from_quantized(quantized_weight(Grid(4, 32, True), torch.float16)), "scales of different dtypes"),
-        (QuantLinear.from_quantized(quantized_weight(Grid(4, 32, True)), torch.ones(48)), "partly with a bias"),
+        (QuantLinear.from_quantized(quantized_weight(Grid(8, 32, True))), "bits, groups or symmetry differ"),
+        (QuantLinear.from_quantized(quantized_weight(Grid(4, 32, True), torch.float16)), "scale dtypes differ"),
+        (
+            QuantLinear.from_quantized(quantized_weight(Grid(4, 32, True)), torch.ones(48)),
+            "some have a bias and others do not",
+        ),
         (
             QuantLinear.from_quantized(quantized_weight(Grid(4, 32, True)), kernel="slab"),
-            "forced onto different kernels",
+            "they are forced onto different kernels",
         ),
     ]
     for other, reason in changes:
         module = Three(Grid(4, 32, True))
         module.k = other
-        with pytest.raises(LlmqError, match=f"q, k, v cannot be fused: they .*{reason}.*load without fuse"):
-            join(module)
-        assert module.q.together is None
+        with pytest.raises(LlmqError, match=f"q, k, v cannot be fused: {reason}.*load without fuse"):
+            fuse_linears(module)
+        assert module.q.fusion is None
     folder = checkpoint(tmp_path / "a")
     layers = {f"model.layers.{i}": "disk" if i > 1 else "cpu" for i in range(4)}
     with pytest.raises(LlmqError, match=r"model.layers.2.self_attn.q_proj is offloaded.*load without fuse"):
         llmq.load(folder, fuse=True, device_map={**DISK, **layers}, offload_folder=tmp_path / "off")
 
 
-def test_finding_what_is_shared_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+def test_finding_shared_inputs_leaves_the_model_unchanged(tmp_path: Path) -> None:
     model = llmq.load(checkpoint(tmp_path / "a"), device_map="auto")
     want, before = logits(model), [set(vars(module)) for module in model.modules()]
+    decoder = text_decoder(model.config, model).module
     assert len(shared_inputs(model)) == 8
+    assert shared_inputs(model, decoder) == shared_inputs(model)
     assert [set(vars(module)) for module in model.modules()] == before
-    join(model)
-    join(model)
+    fuse_linears(model)
+    fuse_linears(model)
     assert torch.equal(logits(model), want)

@@ -1,4 +1,4 @@
-"""`generate_fast`: the tokens of `generate`, on every architecture, and steps that a CUDA graph could hold."""
+"""`generate_fast`: the tokens of `generate` on every architecture, and steps that a CUDA graph can capture."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ def greedy(model: Any, ids: torch.Tensor, count: int, **options: Any) -> torch.T
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_it_writes_what_generate_writes(arch: str) -> None:
+def test_it_writes_the_tokens_of_generate(arch: str) -> None:
     model = tiny_model(arch)
     model.generation_config.eos_token_id = None
-    for batch in (1, 3):  # 24 tokens more than windows of 8 have
+    for batch in (1, 3):  # 35 tokens in all, more than sliding windows of 8 hold
         assert torch.equal(generate_fast(model, prompt(batch), 24), greedy(model, prompt(batch), 24))
 
 
 @pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch not in ("falcon", "bloom")])
-def test_a_step_leaves_the_host_alone(arch: str) -> None:
-    """Falcon makes a constant of host memory in every step, bloom does in some versions: they are decoded eagerly."""
+def test_a_step_has_no_host_traffic(arch: str) -> None:
+    """Falcon makes a constant from host memory in every step, bloom in some versions; they are decoded eagerly."""
     decoder = Decoder(tiny_model(arch), 2, 40)
     decoder.prefill(prompt(2))
     with torch.inference_mode():
         assert host_traffic(decoder._step, CPU) == ()
 
 
-def test_what_waits_for_the_host_is_seen() -> None:
+def test_host_traffic_names_operators_that_wait_for_the_host() -> None:
     value = torch.zeros(1)
     for step in (lambda: value.item(), lambda: bool(value), lambda: torch.tensor([1]), lambda: value.nonzero()):
         assert host_traffic(step, CPU)
@@ -76,13 +76,13 @@ def test_padding_on_the_left(arch: str) -> None:
 
 
 @pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
-def test_packed_models(tmp_path: Path, fuse: bool) -> None:
+def test_packed_and_fused_models(tmp_path: Path, fuse: bool) -> None:
     model = llmq.load(checkpoint(tmp_path / "a"), fuse=fuse)
     assert torch.equal(llmq.generate_fast(model, prompt(2), 16), greedy(model, prompt(2), 16))
 
 
-def test_a_graph_is_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA's calls stood in for: a graph that runs the step it was captured from."""
+def test_the_step_is_captured_once_per_mask_and_then_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of calls only. Fakes replace CUDA's: the fake graph runs the step eagerly when it is replayed."""
     model = tiny_model("llama")
     model.generation_config.eos_token_id = None
     decoder, captured, replayed = Decoder(model, 1, 40), [], []
@@ -109,7 +109,7 @@ def test_a_graph_is_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) 
     assert (len(captured), len(replayed)) == (1, 3 * 23)
     mask = torch.tensor([[0] * 4 + [1] * 7])
     assert torch.equal(decoder.generate(prompt(1), 9, mask), greedy(model, prompt(1), 9, attention_mask=mask))
-    assert len(captured) == 2, "a step with a mask is another one"
+    assert len(captured) == 2, "a step with a mask is captured anew"
     monkeypatch.setattr(generation, "host_traffic", lambda *_: ("item",))
     other = Decoder(model, 1, 40)
     other.eager_because = None
@@ -120,21 +120,21 @@ def test_a_graph_is_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) 
 def test_bad_requests_are_refused() -> None:
     model, ids = tiny_model("llama"), prompt(2)
     decoder = Decoder(model, 2, 20)
-    assert decoder.eager_because == "CUDA graphs are for CUDA devices; the model is on cpu"
+    assert decoder.eager_because == "CUDA graphs need a CUDA device; the model is on cpu"
     mask = torch.ones(2, 11)
     mask[0, 10] = 0
     refused = [
-        ((ids[0], 4), r"input_ids must be \[B, T\], neither of them 0; got \[11\]"),
-        ((ids[:, :0], 4), r"neither of them 0; got \[2, 0\]"),
+        ((ids[0], 4), r"input_ids must be \[B, T\] with B and T at least 1; got \[11\]"),
+        ((ids[:, :0], 4), r"with B and T at least 1; got \[2, 0\]"),
         ((ids, 0), "max_new_tokens must be at least 1; got 0"),
-        ((ids, 200), "must fit the model's context of 128; got 211"),
-        ((ids, 10, None, decoder), r"is for 2 sequences of 20 tokens in all; got 2 of 11 \+ 10"),
+        ((ids, 200), "must fit in the model's context of 128 tokens; got 211"),
+        ((ids, 10, None, decoder), r"holds 2 sequences of at most 20 tokens, prompt included; got 2 of 11 \+ 10"),
         ((ids[:1], 4, None, decoder), "got 1 of 11"),
-        ((ids, 4, mask), r"attention_mask must be \[2, 11\] with padding on the left alone"),
+        ((ids, 4, mask), r"attention_mask must be \[2, 11\] with padding on the left only"),
         ((ids, 4, torch.ones(2, 10)), r"attention_mask must be \[2, 11\]"),
-        ((ids.float(), 4), "must be a tensor of whole numbers, int64 .*; got torch.float32"),
-        ((ids.tolist(), 4), "must be a tensor of whole numbers, int64 .*; got list"),
-        ((ids, 1.5), "max_new_tokens must be a whole number; got 1.5"),
+        ((ids.float(), 4), "must be an integer tensor, int64 .*; got torch.float32"),
+        ((ids.tolist(), 4), "must be an integer tensor, int64 .*; got list"),
+        ((ids, 1.5), "max_new_tokens must be an integer; got 1.5"),
     ]
     for arguments, message in refused:
         with pytest.raises(llmq.LlmqError, match=message):
@@ -142,11 +142,11 @@ def test_bad_requests_are_refused() -> None:
     for name, value in (("repetition_penalty", 1.1), ("num_beams", 2), ("bad_words_ids", [[5]])):
         other = tiny_model("llama")
         setattr(other.generation_config, name, value)
-        with pytest.raises(llmq.LlmqError, match=f"takes the likeliest token, and {name} is"):
+        with pytest.raises(llmq.LlmqError, match=f"is greedy only, but generation_config.{name} is"):
             generate_fast(other, ids, 4)
 
 
-def test_caches_of_other_kinds_are_refused() -> None:
+def test_other_kinds_of_cache_are_refused() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
@@ -156,6 +156,6 @@ def test_caches_of_other_kinds_are_refused() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(
-        llmq.LlmqError, match="generate_fast is for plain attention; layer 0 caches in a .*: use generate"
+        llmq.LlmqError, match="generate_fast supports attention caches only; layer 0 caches in a .*: use generate"
     ):
         generation.static_cache(model, 16)

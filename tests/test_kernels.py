@@ -16,14 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmq.core.grid import Grid, fit, fit_full_range, quantize
+from llmq.core.grid import Grid, fit, quantize
 from llmq.core.packing import pack
 from llmq.core.quantized import QuantizedWeight
 from llmq.errors import LlmqError
-from llmq.formats import compressed_tensors as ct
+from llmq.formats import IN_MEMORY
 from llmq.kernels import cpu_int4, reference, slab
 from llmq.kernels.problem import Packed, Problem
 from llmq.kernels.registry import KERNELS, choose, steps
+from tests.fixtures import fit_full_range
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = ((32, 2), (48, 3), (5, 1))  # rows, groups
@@ -61,7 +62,7 @@ def weight_of(
 
 
 def packed_of(weight: QuantizedWeight) -> Packed:
-    tensors = ct.encode(weight)
+    tensors = IN_MEMORY.encode(weight)
     sizes = (*weight.shape, weight.bits, weight.group_size)
     return Packed(*sizes, tensors["weight_packed"], tensors["weight_scale"], tensors.get("weight_zero_point"))
 

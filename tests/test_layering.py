@@ -23,20 +23,10 @@ EDGES: dict[str, set[str]] = {
     "transforms": {"blocks", "core", "methods"},
     "checkpoint": {"formats"},
     "serving": {"core", "formats", "kernels"},
-    "hf": {"blocks", "checkpoint", "core", "formats", "serving"},
+    "hf": {"blocks", "calibration", "checkpoint", "core", "eval", "formats", "serving"},
     "quantization": {"blocks", "core", "formats", "methods", "transforms"},
     "report": {"checkpoint", "quantization", "transforms"},
-    "api": {
-        "blocks",
-        "calibration",
-        "checkpoint",
-        "eval",
-        "formats",
-        "hf",
-        "quantization",
-        "report",
-        "transforms",
-    },
+    "api": {"blocks", "calibration", "checkpoint", "hf", "quantization", "report", "transforms"},
     "evaluation": {"api", "calibration", "eval", "hf"},
     "bench": {"api", "blocks", "core", "eval", "hf", "kernels", "methods", "quantization", "serving"},
     "cli": {"api", "calibration", "demo", "eval", "evaluation", "quantization", "report", "transforms"},
@@ -82,6 +72,20 @@ def test_imports_follow_the_table(room: str, file: Path) -> None:
     for name in imported(file):
         package = name.partition(".")[0]
         assert room in HEAVY.get(package, {room}), f"{room} may not import {package}"
+
+
+def test_formats_are_used_through_their_interface() -> None:
+    """Only llmq/formats and a format's own test may import the module of one format."""
+    interface = {"llmq.formats", "llmq.formats.base"}
+    formats = {f"llmq.formats.{file.stem}" for file in (ROOT / "llmq" / "formats").glob("*.py")} - interface
+    formats.discard("llmq.formats.__init__")
+    assert formats
+    for folder in ("llmq", "kernels", "eval", "scripts", "tests"):
+        for file in (ROOT / folder).rglob("*.py"):
+            own = {f"llmq.formats.{file.stem.removeprefix('test_')}"} if folder == "tests" else set()
+            if file.parent != ROOT / "llmq" / "formats":
+                modules = {name for each in imported(file) for name in (each, each.rpartition(".")[0])}
+                assert not modules & formats - own, file
 
 
 def test_every_edge_is_used() -> None:

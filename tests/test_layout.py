@@ -1,4 +1,4 @@
-"""The two code folders at the top stand behind symlinks and get in nobody's way, from a clone and out of a wheel."""
+"""The folders kernels/ and eval/ work through symlinks, in a clone and in a wheel, and shadow no other package."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def test_kernels_and_eval_are_folders_without_init_behind_symlinks() -> None:
 
 
 def test_transformers_is_importable_from_the_root_of_the_clone() -> None:
-    """A regular package `kernels` there would stand before the one that transformers looks for."""
+    """A regular package `kernels` there would shadow the one that transformers imports."""
     code = "import sys; sys.path.insert(0, ''); from transformers import LlamaForCausalLM; import llmq.kernels.registry"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_a_clone_that_is_not_installed_knows_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scripts run from one; no package metadata names llmq then."""
-    known = importlib.metadata.version
+    """Scripts may run from such a clone; llmq then has no package metadata."""
+    original = importlib.metadata.version
 
     def version(name: str) -> str:
         if name == "llmq":
             raise importlib.metadata.PackageNotFoundError(name)
-        return known(name)
+        return original(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr(api, "version", version)
@@ -49,7 +49,7 @@ def test_a_clone_that_is_not_installed_knows_its_version(monkeypatch: pytest.Mon
 
 @pytest.mark.slow
 def test_a_wheel_carries_everything(tmp_path: Path) -> None:
-    """Built from a copy without git, installed beside the dependencies of this environment, run from elsewhere."""
+    """The wheel is built from a copy without git, installed in a fresh environment and used from another folder."""
     kept_out = shutil.ignore_patterns(".*", "build", "*.egg-info", "demo-out", "tests")
     shutil.copytree(ROOT, tmp_path / "copy", symlinks=True, ignore=kept_out)
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(tmp_path / "copy")]

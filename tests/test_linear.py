@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from llmq.core.grid import Grid
+from llmq.core.scheme import ActivationGrid, Scheme
 from llmq.errors import LlmqError
-from llmq.formats import compressed_tensors as ct
+from llmq.formats import IN_MEMORY
 from llmq.kernels import cpu_int4, slab
 from llmq.serving.linear import QuantLinear
 from tests.fixtures import BF16, K, N, quantized_weight, rows
@@ -26,12 +27,12 @@ def linear(grid: Grid | None = None, dtype: torch.dtype = BF16, bias: bool = Tru
     return QuantLinear.from_quantized(quantized_weight(grid, dtype), drawn if bias else None, **kwargs)
 
 
-def dense_twin(module: QuantLinear, dtype: torch.dtype) -> nn.Linear:
-    twin = nn.Linear(K, N, bias=module.bias is not None, dtype=dtype)
-    twin.weight.data = module.dequantize(dtype)
+def dense_linear(module: QuantLinear, dtype: torch.dtype) -> nn.Linear:
+    dense = nn.Linear(K, N, bias=module.bias is not None, dtype=dtype)
+    dense.weight.data = module.dequantize(dtype)
     if module.bias is not None:
-        twin.bias.data = module.bias.detach().to(dtype)
-    return twin
+        dense.bias.data = module.bias.detach().to(dtype)
+    return dense
 
 
 GRIDS = [Grid(bits, size, symmetric) for bits in (2, 3, 4, 8) for size in (32, None) for symmetric in (True, False)]
@@ -41,11 +42,11 @@ GRIDS = [Grid(bits, size, symmetric) for bits in (2, 3, 4, 8) for size in (32, N
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_it_computes_what_a_dense_linear_does(grid: Grid, dtype: torch.dtype) -> None:
     module = linear(grid)
-    twin = dense_twin(module, dtype)
+    dense = dense_linear(module, dtype)
     for shape in ((), (1,), (0,), (2, 3), (2, 0, 3), (70,)):
         x = rows(*shape, dtype=dtype)
         with torch.no_grad():
-            got, want = module(x), twin(x)
+            got, want = module(x), dense(x)
         assert got.dtype == dtype
         assert got.shape == want.shape
         torch.testing.assert_close(got, want, rtol=1e-5 if dtype == F32 else 2e-2, atol=1e-4 if dtype == F32 else 0.2)
@@ -57,7 +58,7 @@ def test_state_is_the_stored_tensors_before_and_after_use() -> None:
     with torch.no_grad():
         module(rows(1))
         module(rows(100))
-    stored = ct.encode(weight)
+    stored = IN_MEMORY.encode(weight)
     assert set(module.state_dict()) == set(stored)
     assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in stored.items())
     assert not any(parameter.requires_grad for parameter in module.parameters())
@@ -69,11 +70,11 @@ def test_state_is_the_stored_tensors_before_and_after_use() -> None:
     assert torch.equal(module.dequantize(F32), weight.dequantize(F32))
 
 
-def test_on_meta_it_declares_what_is_stored() -> None:
-    grid = Grid(4, 32, False)
-    module = QuantLinear(K, N, grid, F16, bias=F32, device="meta")
+def test_on_meta_it_declares_the_stored_tensors() -> None:
+    scheme = Scheme(Grid(4, 32, False), None, F16)
+    module = QuantLinear(K, N, scheme, bias=F32, device="meta")
     declared = {name: (t.dtype, tuple(t.shape)) for name, t in module.named_parameters()}
-    specs = {name: (spec.dtype, spec.shape) for name, spec in ct.specs((N, K), grid, F16).items()}
+    specs = {name: (spec.dtype, spec.shape) for name, spec in IN_MEMORY.specs((N, K), scheme).items()}
     assert declared == specs | {"bias": (F32, (N,))}
     assert all(parameter.is_meta for parameter in module.parameters())
     assert repr(module) == "QuantLinear(96, 48, bias=True, int4 asymmetric, groups of 32)"
@@ -108,30 +109,30 @@ def test_moves_reach_everything() -> None:
     assert module.weight_scale.dtype == BF16
 
 
-def test_layouts_are_made_once_and_dropped_when_something_changes() -> None:
+def test_layouts_are_made_once_and_dropped_when_a_tensor_changes() -> None:
     module, x = linear(bias=False), rows(1)
     with torch.no_grad():
         first = module(x)
-        made = module._made(cpu_int4)
+        made = module._cached_layout(cpu_int4)
         assert made is not None
         module.to("cpu")
         module(x)
-        assert module._made(cpu_int4) is made, "a move to where it is changes nothing"
+        assert module._cached_layout(cpu_int4) is made, "a move to the same device keeps the layout"
         other = QuantLinear.from_quantized(quantized_weight(Grid(4, 32, True), seed=5))
         module.load_state_dict(other.state_dict())
-        assert module._made(cpu_int4) is None
+        assert module._cached_layout(cpu_int4) is None
         assert torch.equal(module(x), other(x))
         assert not torch.equal(module(x), first)
         module.weight_packed = nn.Parameter(linear(bias=False).weight_packed.data, requires_grad=False)
         module.weight_scale = nn.Parameter(linear(bias=False).weight_scale.data, requires_grad=False)
-        assert torch.equal(module(x), first), "other tensors are noticed"
+        assert torch.equal(module(x), first), "replaced tensors are noticed"
         uneven = QuantLinear.from_quantized(quantized_weight(Grid(4, 32, False)))
         before = uneven(x)
         zeros = QuantLinear.from_quantized(quantized_weight(Grid(4, 32, False), seed=5)).weight_zero_point
         uneven.weight_zero_point = nn.Parameter(zeros.data, requires_grad=False)
-        assert not torch.equal(uneven(x), before), "and other zero points"
+        assert not torch.equal(uneven(x), before), "and so are replaced zero points"
         module._apply(torch.clone)  # new data in the same parameters
-        assert module._made(cpu_int4) is None
+        assert module._cached_layout(cpu_int4) is None
 
 
 def test_the_number_of_rows_decides_in_a_forward() -> None:
@@ -143,16 +144,16 @@ def test_the_number_of_rows_decides_in_a_forward() -> None:
         assert torch.equal(linear()(rows(most + 1)[:most]), outputs["cpu_int4"][:most])
 
 
-def test_streamed_weights_are_not_kept_in_another_form() -> None:
+def test_offloaded_weights_get_no_cached_layout() -> None:
     module, x = linear(), rows(1)
-    module.streamed = True
+    module.offloaded = True
     with torch.no_grad():
         torch.testing.assert_close(module(x), linear()(x), rtol=2e-2, atol=0.1)
     assert module._layouts == {}
     assert module.choice(BF16, 1).kernel is slab
 
 
-def test_copies_and_pickles_carry_the_stored_tensors_alone() -> None:
+def test_copies_and_pickles_hold_only_the_stored_tensors() -> None:
     module, x = linear(), rows(3)
     with torch.no_grad():
         want = module(x)
@@ -167,12 +168,12 @@ def test_copies_and_pickles_carry_the_stored_tensors_alone() -> None:
             assert other.weight_packed.data_ptr() != module.weight_packed.data_ptr()
 
 
-def test_a_layout_made_in_inference_mode_serves_outside_of_it() -> None:
+def test_a_layout_made_in_inference_mode_works_outside_it() -> None:
     module = linear(bias=False)
     with torch.inference_mode():
         module(rows(1))
         module(rows(60))
-    assert not module._made(cpu_int4).weight.is_inference()
+    assert not module._cached_layout(cpu_int4).weight.is_inference()
     x = rows(60, dtype=BF16).requires_grad_()
     module(x).sum().backward()
     assert x.grad is not None
@@ -188,18 +189,18 @@ def test_gradients_reach_the_input(grid: Grid) -> None:
     assert torch.autograd.gradgradcheck(module, x)
     few = rows(1).requires_grad_()
     linear(grid)(few).float().pow(2).sum().backward()
-    twin = dense_twin(linear(grid), BF16)
+    dense = dense_linear(linear(grid), BF16)
     other = rows(1).requires_grad_()
-    twin(other).float().pow(2).sum().backward()
+    dense(other).float().pow(2).sum().backward()
     torch.testing.assert_close(few.grad, other.grad, rtol=3e-2, atol=1.0)
 
 
 @pytest.mark.parametrize("grid", [Grid(4, 32, True), Grid(8, None, False)], ids=str)
-def test_a_wanted_gradient_changes_nothing_of_the_output(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requiring_a_gradient_does_not_change_the_output(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = linear(grid, bias=True), rows(2)
     with torch.no_grad():
         want = module(x)
-    monkeypatch.setattr(slab, "_multiply", None)  # the kernel for few rows runs here, too
+    monkeypatch.setattr(slab, "_multiply", None)  # fails if slab runs instead of the kernel for few rows
     got = module(x.clone().requires_grad_())
     assert torch.equal(got, want)
     monkeypatch.undo()
@@ -210,7 +211,7 @@ def test_a_wanted_gradient_changes_nothing_of_the_output(grid: Grid, monkeypatch
     torch.testing.assert_close(second, (2 * (weight.sum(1) @ weight)).expand(2, -1), rtol=3e-2, atol=1.0)
 
 
-def test_autocast_says_in_which_dtype_it_runs() -> None:
+def test_it_runs_in_the_dtype_of_autocast() -> None:
     module, plain = linear(Grid(4, 32, True), bias=True), nn.Linear(K, N)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert module(rows(2).float()).dtype == plain(rows(2).float()).dtype == BF16
@@ -220,25 +221,25 @@ def test_autocast_says_in_which_dtype_it_runs() -> None:
         assert module(rows(2).float()).dtype == F32
 
 
-def test_an_input_that_is_not_floating_or_elsewhere_is_refused() -> None:
+def test_an_input_that_is_not_floating_or_on_another_device_is_refused() -> None:
     module = linear(Grid(4, 32, True))
-    for x, told in (
+    for x, message in (
         (torch.ones(1, K, dtype=torch.int64), "must be floating; got torch.int64"),
         (torch.ones(1, K, dtype=torch.bool), "must be floating; got torch.bool"),
-        (rows(1).to("meta"), "must be where the weight is, on cpu; it is on meta"),
+        (rows(1).to("meta"), "must be on one device; the weight is on cpu, x on meta"),
     ):
-        with pytest.raises(LlmqError, match=told):
+        with pytest.raises(LlmqError, match=message):
             module(x)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_it_compiles_whole_and_takes_the_layouts_that_are_there(symmetric: bool) -> None:
+def test_it_compiles_into_one_graph_and_uses_existing_layouts(symmetric: bool) -> None:
     torch._dynamo.reset()
     module = nn.Sequential(linear(Grid(4, 32, symmetric)), nn.SiLU(), nn.Linear(N, K, dtype=BF16))
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch.no_grad():
         got = compiled(rows(1))
-        assert module[0]._made(cpu_int4) is None, "a compiled forward makes no layout"
+        assert module[0]._cached_layout(cpu_int4) is None, "a compiled forward makes no layout"
         torch.testing.assert_close(got, module(rows(1)), rtol=2e-2, atol=0.1)
         module[0].ready(BF16)
         for x in (rows(1), rows(2, 30), rows(3, 40), rows(1)):
@@ -257,17 +258,24 @@ def test_it_compiles_whole_and_takes_the_layouts_that_are_there(symmetric: bool)
     torch.testing.assert_close(few.grad, alone.grad, rtol=2e-2, atol=0.1)
 
 
-def test_kernels_can_be_forced_and_say_when_they_cannot() -> None:
+def test_a_forced_kernel_runs_or_is_refused_with_its_reason() -> None:
     x = rows(2)
     with torch.no_grad():
         torch.testing.assert_close(linear(kernel="reference")(x), linear(kernel="slab")(x), rtol=2e-2, atol=0.1)
         with pytest.raises(LlmqError, match="cpu_int4 takes groups that 32 divides; these have 24"):
             linear(Grid(4, 24, True), kernel="cpu_int4")(x)
-    with pytest.raises(LlmqError, match=r"must end in 96 features; got \[2, 95\]"):
+    with pytest.raises(LlmqError, match=r"the last dimension of the input must be 96; got \[2, 95\]"):
         linear()(x[:, 1:])
 
 
-def test_scales_per_tensor_are_refused() -> None:
-    grid = Grid(4, None, True, per_tensor=True)
-    with pytest.raises(LlmqError, match="not per tensor"):
-        QuantLinear.from_quantized(quantized_weight(grid))
+def test_quantized_activations_are_refused() -> None:
+    scheme = Scheme(Grid(8, None, True), ActivationGrid(8, "token", symmetric=True, dynamic=True), F16)
+    with pytest.raises(LlmqError, match="weight-only schemes; this one quantizes activations: dynamic int8 per token"):
+        QuantLinear(K, N, scheme, device="meta")
+
+
+def test_stored_tensors_that_contradict_the_scheme_are_refused() -> None:
+    module = linear(bias=False)
+    module.weight_scale = nn.Parameter(module.weight_scale.data.to(F16), requires_grad=False)
+    with pytest.raises(LlmqError, match=r"weight_scale must be torch.bfloat16 \[48, 3\]; got torch.float16"):
+        module.quantized_weight()

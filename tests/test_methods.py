@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from llmq.blocks.statistics import Statistics
+from llmq.config import METHODS, method, resolve
 from llmq.core.grid import Grid, fit, quantize
 from llmq.errors import LlmqError
-from llmq.methods import ROUNDINGS, rounding
 from llmq.methods.base import Target, output_errors
 from llmq.methods.gptq import gptq, inverse_factor
+from llmq.methods.rtn import rtn
 from llmq.methods.scales import fit_scales, minmax, search
 
+ROUNDINGS = sorted({row.rounding for row in METHODS})
 SHAPES = [(6, 64, 32), (5, 160, 32), (4, 288, None)]  # rows, columns (past one lazy block of 128), group size
 
 
@@ -76,7 +78,7 @@ def test_gptq_beats_rtn_and_search_beats_minmax_at_every_width(bits: int, symmet
     weight, hessian = problem(32, 128)
 
     def error(name: str, scales: str) -> float:
-        rounded = rounding(name)(weight, seen(hessian), target(32, symmetric, scales, bits))
+        rounded = resolve(method(name).rounding)(weight, seen(hessian), target(32, symmetric, scales, bits))
         return output_errors(weight, [rounded.weight], hessian)[0]
 
     assert error("gptq", "minmax") < 0.7 * error("rtn", "minmax")
@@ -85,24 +87,26 @@ def test_gptq_beats_rtn_and_search_beats_minmax_at_every_width(bits: int, symmet
         assert error("gptq", "search") < error("gptq", "minmax")
 
 
-@pytest.mark.parametrize("name", [name for name, _ in ROUNDINGS])
-def test_roundings_are_deterministic_and_leave_their_inputs_alone(name: str) -> None:
+@pytest.mark.parametrize("path", ROUNDINGS)
+def test_roundings_are_deterministic_and_leave_their_inputs_alone(path: str) -> None:
     weight, hessian = problem(8, 64)
     copies = weight.clone(), hessian.clone()
-    first = rounding(name)(weight, seen(hessian), target(32)).weight
-    second = rounding(name)(weight, seen(hessian), target(32)).weight
+    rounding = resolve(path)
+    first = rounding(weight, seen(hessian), target(32)).weight
+    second = rounding(weight, seen(hessian), target(32)).weight
     assert torch.equal(first.codes, second.codes)
     assert torch.equal(first.scale, second.scale)
     assert torch.equal(weight, copies[0])
     assert torch.equal(hessian, copies[1])
 
 
-@pytest.mark.parametrize("name", [name for name, _ in ROUNDINGS])
+@pytest.mark.parametrize("path", ROUNDINGS)
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_rows_do_not_depend_on_each_other(name: str, symmetric: bool) -> None:
+def test_rows_do_not_depend_on_each_other(path: str, symmetric: bool) -> None:
     weight, hessian = problem(12, 64)
-    together = rounding(name)(weight, seen(hessian), target(32, symmetric)).weight
-    apart = rounding(name)(weight[4:9], seen(hessian), target(32, symmetric)).weight
+    rounding = resolve(path)
+    together = rounding(weight, seen(hessian), target(32, symmetric)).weight
+    apart = rounding(weight[4:9], seen(hessian), target(32, symmetric)).weight
     assert torch.equal(together.rows(4, 9).codes, apart.codes)
 
 
@@ -110,7 +114,7 @@ def test_rtn_is_the_nearest_code_on_minmax_scales() -> None:
     weight, _ = problem(8, 64)
     to = target(32, scales="minmax")
     expected = quantize(weight, *fit(weight, to.grid, to.dtype), to.grid)
-    assert torch.equal(rounding("rtn")(weight, None, to).weight.codes, expected.codes)
+    assert torch.equal(rtn(weight, None, to).weight.codes, expected.codes)
 
 
 def test_gptq_without_data_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Names told together name exactly the modules that they stand for."""
+"""Joined names stand for exactly the names that they were made of."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmq.names import gathered_names, some
+from llmq.names import compact_names, first_names
 
 
-def spelled(told: str) -> list[str]:
-    """Every name that a gathered name stands for."""
+def expanded(joined: str) -> list[str]:
+    """Every name that a joined name stands for."""
     choices: list[list[str]] = []
-    for fixed, ranges in re.findall(r"([^{}]+)|\{([^}]*)\}", told):
+    for fixed, ranges in re.findall(r"([^{}]+)|\{([^}]*)\}", joined):
         if fixed:
             choices.append([fixed])
             continue
@@ -32,24 +32,24 @@ NAMES = st.lists(
 
 
 @given(NAMES)
-def test_gathered_names_stand_for_the_names(names: list[str]) -> None:
-    assert sorted(itertools.chain.from_iterable(map(spelled, gathered_names(names)))) == sorted(names)
+def test_joined_names_expand_to_the_original_names(names: list[str]) -> None:
+    assert sorted(itertools.chain.from_iterable(map(expanded, compact_names(names)))) == sorted(names)
 
 
-def test_runs_and_combinations_are_told_as_one() -> None:
+def test_consecutive_indices_and_full_combinations_are_joined() -> None:
     layers = [f"model.layers.{layer}.up" for layer in (2, 0, 1, 7)]
     experts = [f"experts.{layer}.{expert}.down" for layer in range(3) for expert in range(8)]
-    assert gathered_names(["lm_head", *layers, *experts]) == [
+    assert compact_names(["lm_head", *layers, *experts]) == [
         "lm_head",
         "model.layers.{0-2, 7}.up",
         "experts.{0-2}.{0-7}.down",
     ]
-    assert gathered_names(["a.0.1", "a.1.0"]) == ["a.0.1", "a.1.0"]
+    assert compact_names(["a.0.1", "a.1.0"]) == ["a.0.1", "a.1.0"]
 
 
-def test_siblings_are_told_as_one() -> None:
+def test_siblings_are_joined() -> None:
     names = [f"layers.{layer}.mlp.{kind}" for layer in (0, 1) for kind in ("gate", "up")]
-    assert gathered_names([*names, "layers.0.norm", "layers.3", "lm_head", "norm"]) == [
+    assert compact_names([*names, "layers.0.norm", "layers.3", "lm_head", "norm"]) == [
         "layers.{0-1}.mlp.{gate, up}",
         "layers.0.norm",
         "layers.3",
@@ -58,6 +58,6 @@ def test_siblings_are_told_as_one() -> None:
     ]
 
 
-def test_some_names_and_how_many_more() -> None:
-    assert some(["a", "b"], 2) == "a, b"
-    assert some(["a", "b", "c"], 2) == "a, b and 1 more"
+def test_the_first_names_and_how_many_more() -> None:
+    assert first_names(["a", "b"], 2) == "a, b"
+    assert first_names(["a", "b", "c"], 2) == "a, b and 1 more"

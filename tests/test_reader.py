@@ -1,4 +1,4 @@
-"""The reader: what it returns equals safetensors' own loader; every malformed folder is refused by name."""
+"""The reader returns what safetensors' own loader returns, and names the file of every malformed checkpoint."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def test_reads_what_safetensors_reads(tmp_path: Path, sharded: bool) -> None:
             tuple(tensors[name].shape),
             tensors[name].nbytes,
         )
-    found = checkpoint.read(tensors)
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    loaded = checkpoint.read(tensors)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
     assert set(checkpoint.read(["scalar", "a.bias"])) == {"scalar", "a.bias"}
     assert checkpoint.read([]) == {}
 
@@ -76,9 +76,9 @@ def test_reads_what_safetensors_reads(tmp_path: Path, sharded: bool) -> None:
 def test_returned_tensors_own_their_memory(tmp_path: Path) -> None:
     save_file(some_tensors(), tmp_path / SINGLE)
     checkpoint = open_checkpoint(tmp_path)
-    found = checkpoint.read(["a.weight"])
-    assert found["a.weight"].untyped_storage().nbytes() == found["a.weight"].nbytes
-    found["a.weight"].zero_()
+    loaded = checkpoint.read(["a.weight"])
+    assert loaded["a.weight"].untyped_storage().nbytes() == loaded["a.weight"].nbytes
+    loaded["a.weight"].zero_()
     assert torch.equal(load_file(tmp_path / SINGLE)["a.weight"], some_tensors()["a.weight"])
 
 
@@ -86,9 +86,9 @@ def test_returned_tensors_own_their_memory(tmp_path: Path) -> None:
 def test_no_file_stays_open_or_mapped(tmp_path: Path) -> None:
     write_sharded(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
-    held = checkpoint.read(checkpoint.tensors)
+    tensors = checkpoint.read(checkpoint.tensors)
     gc.collect()
-    assert held
+    assert tensors
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
     open_files = {os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")}
     assert not any(path.startswith(str(tmp_path)) for path in open_files)
@@ -118,7 +118,7 @@ def refused(folder: Path, *words: str) -> None:
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    refused(tmp_path / "absent", "absent", "not there")
+    refused(tmp_path / "absent", "absent", "does not exist")
     (tmp_path / "file").write_text("")
     refused(tmp_path / "file", "a file")
 
@@ -146,7 +146,7 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
         ".\\x.safetensors",
     ],
 )
-def test_the_index_may_name_no_path(tmp_path: Path, name: str) -> None:
+def test_paths_in_the_index_are_refused(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "model"
     (folder / "sub").mkdir(parents=True)
     write_sharded(folder)
@@ -156,13 +156,13 @@ def test_the_index_may_name_no_path(tmp_path: Path, name: str) -> None:
     refused(folder, "without a path", repr(name))
 
 
-def test_the_index_may_name_no_absolute_path(tmp_path: Path) -> None:
+def test_absolute_paths_in_the_index_are_refused(tmp_path: Path) -> None:
     write_sharded(tmp_path)
     write_index(tmp_path, weight_map_of(tmp_path) | {"x": str(tmp_path / "model-00001-of-00002.safetensors")})
     refused(tmp_path, "without a path")
 
 
-def test_the_index_may_name_safetensors_only(tmp_path: Path) -> None:
+def test_other_files_in_the_index_are_refused(tmp_path: Path) -> None:
     write_sharded(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     write_index(tmp_path, weight_map_of(tmp_path) | {"x": "pytorch_model.bin"})

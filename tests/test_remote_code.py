@@ -1,4 +1,4 @@
-"""Python files of a checkpoint are never run unless the caller says trust_remote_code=True; nothing is asked on stdin."""
+"""Code in a checkpoint runs only if the caller passes trust_remote_code=True; nothing is read from stdin."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from transformers import LlamaForCausalLM as Model
 
 @pytest.fixture
 def trap(tmp_path: Path) -> tuple[Path, Path]:
-    """A packed checkpoint whose config names code of its own for a model type without a causal LM; what that code writes."""
+    """A packed checkpoint whose config refers to its own code, and the file that this code would write."""
     folder, marker = tmp_path / "trap", tmp_path / "marker"
     llmq.quantize(tiny_model("llama"), folder, llmq.QuantConfig("rtn", group_size=32))
     (folder / "own.py").write_text(CODE.format(marker=str(marker)))
@@ -42,7 +42,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_code_out_of_a_checkpoint_is_not_run(trap: tuple[Path, Path], call: str) -> None:
+def test_code_in_a_checkpoint_is_not_run(trap: tuple[Path, Path], call: str) -> None:
     folder, marker = trap
     code = f"import llmq, llmq.evaluation as evaluation; PATH = {str(folder)!r}; {CALLS[call]}"
     done = subprocess.run([sys.executable, "-c", code], input="y\n" * 9, capture_output=True, text=True, cwd=ROOT)
@@ -51,6 +51,6 @@ def test_code_out_of_a_checkpoint_is_not_run(trap: tuple[Path, Path], call: str)
     assert "LlmqError" in done.stderr.strip().splitlines()[-1]
 
 
-def test_a_model_type_that_only_own_code_can_build_is_refused_by_name(trap: tuple[Path, Path]) -> None:
+def test_a_model_type_that_needs_the_checkpoints_code_is_refused(trap: tuple[Path, Path]) -> None:
     with pytest.raises(llmq.LlmqError, match=r"no causal language model for model_type 'vit'.*trust_remote_code=True"):
         llmq.load(trap[0])

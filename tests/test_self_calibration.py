@@ -1,9 +1,10 @@
-"""Text that a model writes itself: drawn from its own distribution, full windows, the same every time, nothing else touched."""
+"""Self-generated calibration text: from the model's own distribution, in full windows, reproducible, without side effects."""
 
 from __future__ import annotations
 
 import copy
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 import llmq
-from llmq.calibration import Writing, read_dataset
+from llmq.calibration import GenerationProgress, read_dataset
 from llmq.errors import LlmqError
 from llmq.hf import self_calibration
-from llmq.hf.self_calibration import how_texts_start, write_windows
+from llmq.hf.self_calibration import generate_windows, text_start
 from llmq.hf.source import open_source
 from llmq.report import CalibrationUsed
 from tests.tiny import ARCHITECTURES, HIDDEN, VOCAB, tiny_model
@@ -26,7 +27,7 @@ BOS, EOS = 1, 2
 
 
 class Words:
-    """What is asked of a tokenizer: how many tokens, and which are special."""
+    """As much of a tokenizer as is needed: its size and its special tokens."""
 
     def __init__(self, bos: int | None = BOS, words: int = VOCAB) -> None:
         self.bos_token_id, self.eos_token_id, self.all_special_ids, self._words = bos, EOS, [0, 1, 2], words
@@ -39,8 +40,8 @@ def opened(model: Any, tokenizer: Any = None) -> Any:
     return open_source(model, dtype="float32", tokenizer=tokenizer or Words())
 
 
-def write(source: Any, count: int, length: int, seed: int = 0, **told: Any) -> torch.Tensor:
-    return write_windows(source, how_texts_start(source), count, length, seed, **told)
+def generate(source: Any, count: int, length: int, seed: int = 0, **options: Any) -> torch.Tensor:
+    return generate_windows(source, text_start(source), count, length, seed, **options)
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +61,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @torch.no_grad()
-def transcribed(model: Any, draws: torch.Tensor, firsts: list[int], ends: set[int]) -> list[list[int]]:
-    """The same text without a cache, a window and a token at a time."""
-    found = []
+def reference_text(model: Any, draws: torch.Tensor, firsts: list[int], ends: set[int]) -> list[list[int]]:
+    """The same text, generated without a cache, one window and one token at a time."""
+    windows = []
     for numbers in draws.tolist():
         ids = [firsts[math.floor(numbers[0] * len(firsts))]]
         for at in numbers[1:]:
@@ -73,57 +74,57 @@ def transcribed(model: Any, draws: torch.Tensor, firsts: list[int], ends: set[in
                 if reached > at * sum(chances):
                     break
             ids.append(firsts[math.floor(at * len(firsts))] if ids[-1] in ends else token)
-        found.append(ids)
-    return found
+        windows.append(ids)
+    return windows
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_it_is_drawn_from_the_models_own_distribution(arch: str) -> None:
-    """Sliding windows, position embeddings and ALiBi included: the cached text is that of plain forwards."""
+def test_tokens_follow_the_models_own_distribution(arch: str) -> None:
+    """With sliding windows, position embeddings and ALiBi, too: the text with a cache equals that of plain forwards."""
     model = tiny_model(arch, layers=2)
     draws = torch.rand(2, 20, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    assert write(opened(model), 2, 20, 3).tolist() == transcribed(model, draws, [BOS], {EOS})
+    assert generate(opened(model), 2, 20, 3).tolist() == reference_text(model, draws, [BOS], {EOS})
 
 
-def test_without_a_bos_a_text_begins_with_any_ordinary_token() -> None:
+def test_without_a_bos_texts_begin_with_any_token_that_is_not_special() -> None:
     model = tiny_model("llama", layers=1)
     source = opened(model, Words(bos=None, words=100))
-    start = how_texts_start(source)
+    start = text_start(source)
     assert start.tokens.tolist() == list(range(3, 100))
     draws = torch.rand(18, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = write(source, 18, 30)
-    assert found.tolist() == transcribed(model, draws, start.tokens.tolist(), {EOS})
-    assert len(set(found[:, 0].tolist())) > 10
+    windows = generate(source, 18, 30)
+    assert windows.tolist() == reference_text(model, draws, start.tokens.tolist(), {EOS})
+    assert len(set(windows[:, 0].tolist())) > 10
 
 
-def test_windows_are_full_and_texts_that_end_are_followed_by_new_ones() -> None:
-    found = write(opened(tiny_model("llama", layers=1)), 20, 100)
-    assert found.shape == (20, 100)
-    assert found.dtype == torch.int64
-    assert 0 <= int(found.min()) <= int(found.max()) < VOCAB
-    assert set(found[:, 0].tolist()) == {BOS}
-    ended = found[:, :-1] == EOS
+def test_windows_are_full_and_a_new_text_follows_each_end() -> None:
+    windows = generate(opened(tiny_model("llama", layers=1)), 20, 100)
+    assert windows.shape == (20, 100)
+    assert windows.dtype == torch.int64
+    assert 0 <= int(windows.min()) <= int(windows.max()) < VOCAB
+    assert set(windows[:, 0].tolist()) == {BOS}
+    ended = windows[:, :-1] == EOS
     assert int(ended.sum()) > 5
-    assert set(found[:, 1:][ended].tolist()) == {BOS}
+    assert set(windows[:, 1:][ended].tolist()) == {BOS}
 
 
-def test_same_seed_same_text_however_many_windows_follow() -> None:
+def test_the_same_seed_gives_the_same_text_however_many_windows_follow() -> None:
     source = opened(tiny_model("llama"))
-    few, many = write(source, 3, 24, 5), write(source, self_calibration.ROWS + 2, 24, 5)
+    few, many = generate(source, 3, 24, 5), generate(source, self_calibration.ROWS + 2, 24, 5)
     assert torch.equal(few, many[:3])
-    assert torch.equal(many, write(source, self_calibration.ROWS + 2, 24, 5))
-    assert not torch.equal(few, write(source, 3, 24, 6))
+    assert torch.equal(many, generate(source, self_calibration.ROWS + 2, 24, 5))
+    assert not torch.equal(few, generate(source, 3, 24, 6))
     assert len({tuple(row) for row in many.tolist()}) == len(many)
 
 
-@pytest.mark.parametrize("length", [1, 2, self_calibration.WARMING + 2])
+@pytest.mark.parametrize("length", [1, 2, self_calibration.WARMUP_STEPS + 2])
 def test_the_shortest_windows(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(self_calibration, "TOLD_EVERY", 0.0)
-    count = self_calibration.ROWS * (self_calibration.TIMED + 2)  # as many batches as an estimate takes steps
-    assert write(opened(tiny_model("llama", layers=1)), count, length).shape == (count, length)
+    monkeypatch.setattr(self_calibration, "REPORT_EVERY", 0.0)
+    count = self_calibration.ROWS * (self_calibration.MIN_TIMED_STEPS + 2)  # as many batches as an estimate takes steps
+    assert generate(opened(tiny_model("llama", layers=1)), count, length).shape == (count, length)
 
 
-def test_nothing_of_the_callers_changes_and_nothing_of_it_changes_the_text(tmp_path: Path) -> None:
+def test_the_callers_model_is_not_changed_and_its_settings_do_not_change_the_text(tmp_path: Path) -> None:
     plain, model = tiny_model("llama"), tiny_model("llama").train()
     odd = {"repetition_penalty": 9.0, "top_k": 1, "do_sample": True, "max_length": 3, "suppress_tokens": [5, 6]}
     for name, value in odd.items():
@@ -131,14 +132,16 @@ def test_nothing_of_the_callers_changes_and_nothing_of_it_changes_the_text(tmp_p
     settings = model.generation_config.to_dict()
     before, state = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
     source = opened(model)
-    assert torch.equal(write(source, 2, 16), write(opened(plain), 2, 16))
+    assert torch.equal(generate(source, 2, 16), generate(opened(plain), 2, 16))
     assert torch.equal(torch.random.get_rng_state(), state)
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.generation_config.to_dict() == settings == source.model.generation_config.to_dict()
 
 
-def test_a_streamed_model_is_whole_only_while_it_writes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_streamed_model_is_loaded_whole_only_while_it_generates(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = open_source(folder, dtype="float32")
 
     def loaded() -> list[bool]:
@@ -149,31 +152,31 @@ def test_a_streamed_model_is_whole_only_while_it_writes(folder: Path, monkeypatc
             assert all(loaded())
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(self_calibration, "TOLD_EVERY", 0.0)
+    monkeypatch.setattr(self_calibration, "REPORT_EVERY", 0.0)
     with pytest.raises(KeyboardInterrupt):
-        write(source, 2, 16, told=stop)
+        generate(source, 2, 16, progress=stop)
     assert not any(loaded())
-    assert torch.equal(write(source, 2, 16), write(opened(tiny_model("llama")), 2, 16))
+    assert torch.equal(generate(source, 2, 16), generate(opened(tiny_model("llama")), 2, 16))
     assert not any(loaded())
 
 
-def test_the_cost_is_told_before_the_first_token_and_measured_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(self_calibration, "TOLD_EVERY", 0.0)
-    told: list[tuple[int, int, float | None]] = []
+def test_progress_is_reported_before_the_first_token_and_with_an_estimate_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_calibration, "REPORT_EVERY", 0.0)
+    reports: list[tuple[int, int, float | None]] = []
     count, length = self_calibration.ROWS + 2, 32
-    write(opened(tiny_model("llama", layers=1)), count, length, told=lambda *each: told.append(each))
-    assert told[0] == (0, count * length, None)
-    done = [each[0] for each in told]
+    generate(opened(tiny_model("llama", layers=1)), count, length, progress=lambda *each: reports.append(each))
+    assert reports[0] == (0, count * length, None)
+    done = [each[0] for each in reports]
     assert done == sorted(done)
     assert done[-1] == count * length
-    left = [each[2] for each in told if each[2] is not None]
-    assert len(left) == len(told) - self_calibration.TIMED - self_calibration.WARMING
+    left = [each[2] for each in reports if each[2] is not None]
+    assert len(left) == len(reports) - self_calibration.MIN_TIMED_STEPS - self_calibration.WARMUP_STEPS
     assert min(left) >= 0
     assert left[-1] == 0
 
 
-def test_the_estimate_follows_steps_that_take_longer_and_longer() -> None:
-    clock = self_calibration._Clock(40, 100, lambda *told: None)
+def test_the_estimate_extrapolates_steps_that_take_longer_and_longer() -> None:
+    clock = self_calibration._Clock(40, 100, lambda *progress: None)
     clock.begin(16)
     clock._times = [(n, 1 + n / 10) for n in range(5, 20)]
     clock._tokens = 20
@@ -182,65 +185,65 @@ def test_the_estimate_follows_steps_that_take_longer_and_longer() -> None:
     assert clock._left() == pytest.approx(first + 2 * whole, rel=1e-3)
 
 
-def test_a_model_that_overflows_says_so() -> None:
+def test_a_model_whose_logits_overflow_is_refused() -> None:
     model = tiny_model("llama", layers=1)
     model.model.norm.weight.data.fill_(float("inf"))
-    with pytest.raises(LlmqError, match="wrote NaN or inf instead of text"):
-        write(opened(model), 1, 8)
+    with pytest.raises(LlmqError, match="needs finite logits; the model's are NaN or inf"):
+        generate(opened(model), 1, 8)
 
 
 @pytest.mark.parametrize("tokenizer", [Words(bos=VOCAB), Words(bos=None, words=3)], ids=["foreign bos", "no words"])
 def test_a_tokenizer_that_does_not_fit_is_refused(tokenizer: Words) -> None:
-    with pytest.raises(LlmqError, match="must begin texts with a token of the model's 128"):
-        how_texts_start(opened(tiny_model("llama", layers=1), tokenizer))
+    with pytest.raises(LlmqError, match="must begin texts with one of the model's 128 tokens"):
+        text_start(opened(tiny_model("llama", layers=1), tokenizer))
 
 
-def test_without_a_tokenizer_it_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+def test_a_source_without_a_tokenizer_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     model = tiny_model("llama", layers=1)
-    config, asked = llmq.QuantConfig(group_size=32), llmq.Calibration("self", 2, 16)
+    config, calibration = llmq.QuantConfig(group_size=32), llmq.Calibration("self", 2, 16)
     with pytest.raises(
         LlmqError, match="dataset self needs the model's tokenizer.*does not say where its tokenizer is"
     ):
-        llmq.quantize(model, tmp_path / "deep" / "out", config, asked)
+        llmq.quantize(model, tmp_path / "deep" / "out", config, calibration)
     with pytest.raises(LlmqError, match="dataset self needs the model's tokenizer"):
-        llmq.preview(model, config, asked)
+        llmq.preview(model, config, calibration)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_calibration_text_is_written() -> None:
-    with pytest.raises(LlmqError, match="name a text to evaluate on"):
+def test_dataset_self_cannot_be_evaluated_on() -> None:
+    with pytest.raises(LlmqError, match="choose a text to evaluate on"):
         read_dataset("self", "evaluation")
 
 
-def test_quantizing_on_it_is_quantizing_on_its_tokens(folder: Path, tmp_path: Path) -> None:
-    config, asked = llmq.QuantConfig(group_size=32), llmq.Calibration("self", 6, 24, seed=4)
+def test_quantizing_with_dataset_self_equals_quantizing_with_its_tokens(folder: Path, tmp_path: Path) -> None:
+    config, calibration = llmq.QuantConfig(group_size=32), llmq.Calibration("self", 6, 24, seed=4)
     seen: list[Any] = []
-    report = llmq.quantize(folder, tmp_path / "a", config, asked, progress=seen.append)
-    assert isinstance(seen[0], Writing)
-    assert seen[0] == Writing(0, 144, None)
+    report = llmq.quantize(folder, tmp_path / "a", config, calibration, progress=seen.append)
+    assert isinstance(seen[0], GenerationProgress)
+    assert seen[0] == GenerationProgress(0, 144, None)
     source = open_source(folder)
-    ids = write(source, 6, 24, 4)
+    ids = generate(source, 6, 24, 4)
     llmq.quantize(folder, tmp_path / "b", config, ids)
     written = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
     assert written[0] == written[1]
     assert report.calibration == CalibrationUsed(dataset="self", windows=6, seq_len=24, tokens=144)
-    assert any("wrote its 144 calibration tokens itself in" in note and "seed 4" in note for note in report.notes)
+    assert any("generated its 144 calibration tokens in" in note and "seed 4" in note for note in report.notes)
     names = {path.name for path in (tmp_path / "a").iterdir()}
     assert names == {path.name for path in (tmp_path / "b").iterdir()}
 
 
-def test_a_loaded_model_writes_what_its_folder_does(folder: Path, tmp_path: Path) -> None:
+def test_a_loaded_model_generates_what_its_folder_does(folder: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    config, asked = llmq.QuantConfig(group_size=32, method="awq+gptq"), llmq.Calibration("self", 3, 24)
-    llmq.quantize(folder, tmp_path / "a", config, asked)
-    llmq.quantize(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "b", config, asked)
+    config, calibration = llmq.QuantConfig(group_size=32, method="awq+gptq"), llmq.Calibration("self", 3, 24)
+    llmq.quantize(folder, tmp_path / "a", config, calibration)
+    llmq.quantize(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "b", config, calibration)
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
 
-def test_an_output_that_is_there_is_refused_before_anything_is_written(folder: Path, tmp_path: Path) -> None:
+def test_an_existing_output_is_refused_before_anything_is_generated(folder: Path, tmp_path: Path) -> None:
     def never(step: object) -> None:
-        raise AssertionError("it began to write")
+        raise AssertionError("it began to generate")
 
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").touch()
@@ -250,9 +253,9 @@ def test_an_output_that_is_there_is_refused_before_anything_is_written(folder: P
         )
 
 
-def test_stopped_while_it_writes_it_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_stopped_while_it_generates_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     def stop(step: object) -> None:
-        assert isinstance(step, Writing)
+        assert isinstance(step, GenerationProgress)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -262,14 +265,19 @@ def test_stopped_while_it_writes_it_leaves_nothing(folder: Path, tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_tells_tokens_forwards_and_memory(folder: Path) -> None:
+def test_a_preview_states_tokens_forwards_and_memory(folder: Path) -> None:
     config = llmq.QuantConfig(group_size=32)
     made = llmq.preview(folder, config, llmq.Calibration("self", 40, 24))
     assert "the model writes 960 calibration tokens first" in made.notes[-1]
     assert "69 forwards of up to 16 tokens" in made.notes[-1]  # 3 batches of 23
     many = llmq.preview(folder, config, llmq.Calibration("self", 16, 128))
     assert many.peak >= llmq.preview(folder, config, llmq.Calibration("builtin", 16, 128)).peak
-    if "cache" in many.memory:
-        assert (
-            many.memory["cache"] == 16 * 128 * 4 * 2 * (HIDDEN // 2) * 2
-        )  # windows, tokens, layers, k and v, width, bytes
+
+
+def test_the_predicted_peak_is_that_of_generating_if_that_is_higher(folder: Path, tmp_path: Path) -> None:
+    tiny_model("llama", layers=64).save_pretrained(tmp_path)
+    for file in folder.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    memory = llmq.preview(tmp_path, llmq.QuantConfig(group_size=32), llmq.Calibration("self", 16, 16)).memory
+    assert set(memory) == {"process", "model", "cache", "logits"}
+    assert memory["cache"] == 16 * 16 * 64 * 2 * (HIDDEN // 2) * 2  # windows, tokens, layers, k and v, width, bytes

@@ -1,28 +1,35 @@
-"""Sources: block by block they hold what `from_pretrained` loads, under the names that `save_pretrained` writes."""
+"""Sources load, block by block, what `from_pretrained` loads, under the names that `save_pretrained` writes."""
 
 from __future__ import annotations
 
 import copy
 import json
+import time
 from functools import partial
 from pathlib import Path
+from threading import Barrier, Event, Thread
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
+import llmq
 import llmq.hf.source as source_module
 from llmq.checkpoint.reader import INDEX, SINGLE
 from llmq.demo import demo_source
 from llmq.errors import LlmqError
+from llmq.hf import source_gguf
+from llmq.hf.sidefiles import SideFiles
 from llmq.hf.source import open_source
 from llmq.hf.source_base import Source, quiet
+from llmq.hf.source_memory import InMemorySource
 from tests.tiny import ARCHITECTURES, randomize, tiny_config, tiny_model
 
 IDS = torch.arange(3, 23)[None]
@@ -85,11 +92,15 @@ def load_all(source: Source) -> dict[str, Tensor]:
     return tensors
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert set(found) == set(expected)
+def planned_names(source: Source) -> set[str]:
+    return {each.name for each in source.tensor_plan()}
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert set(actual) == set(expected)
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
+        assert actual[name].dtype == tensor.dtype, name
+        assert torch.equal(actual[name], tensor), name
 
 
 def all_models() -> list[Any]:
@@ -99,7 +110,7 @@ def all_models() -> list[Any]:
 
 
 @pytest.mark.parametrize("make", all_models())
-def test_streamed_equals_from_pretrained(make: Any, tmp_path: Path) -> None:
+def test_a_folder_source_loads_what_from_pretrained_loads(make: Any, tmp_path: Path) -> None:
     folder = saved(make(), tmp_path / "source")
     assert (folder / INDEX).exists()
     expected = loaded(folder)
@@ -108,7 +119,7 @@ def test_streamed_equals_from_pretrained(make: Any, tmp_path: Path) -> None:
     assert source.dtype == torch.bfloat16
     assert any("float32" in note for note in source.notes)
     assert {t.device.type for t in source.model.parameters()} == {"meta"}
-    plan = source.tensor_plan()
+    plan = {each.name: each for each in source.tensor_plan()}
     assert set(plan) == set(stored(folder))
     tensors = load_all(source)
     assert_same(everything(source.model), everything(expected))
@@ -116,31 +127,31 @@ def test_streamed_equals_from_pretrained(make: Any, tmp_path: Path) -> None:
         assert torch.equal(source.model(IDS).logits, expected(IDS).logits)
     assert not any(parameter.requires_grad for parameter in source.model.parameters())
     assert_same(tensors, stored(saved(expected, tmp_path / "again")))
-    for name, (_, spec) in plan.items():
-        assert (spec.dtype, spec.shape) == (tensors[name].dtype, tuple(tensors[name].shape))
+    for name, each in plan.items():
+        assert (each.spec.dtype, each.spec.shape) == (tensors[name].dtype, tuple(tensors[name].shape))
 
 
 @pytest.mark.parametrize("make", all_models())
-def test_held_equals_streamed(make: Any, tmp_path: Path) -> None:
+def test_an_in_memory_source_equals_a_folder_source(make: Any, tmp_path: Path) -> None:
     model = make()
     folder = saved(model, tmp_path)
-    streamed, held = open_source(folder), open_source(model)
-    assert not held.streamed
-    assert held.tensor_plan() == streamed.tensor_plan()
-    assert_same(load_all(held), load_all(streamed))
-    assert_same(everything(held.model), everything(streamed.model))
+    streamed, in_memory = open_source(folder), open_source(model)
+    assert not in_memory.streamed
+    assert set(in_memory.tensor_plan()) == set(streamed.tensor_plan())
+    assert_same(load_all(in_memory), load_all(streamed))
+    assert_same(everything(in_memory.model), everything(streamed.model))
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3_text", "bloom"])
-def test_one_block_is_real_at_a_time(arch: str, tmp_path: Path) -> None:
+def test_one_block_has_data_at_a_time(arch: str, tmp_path: Path) -> None:
     source = open_source(saved(tiny_model(arch), tmp_path))
     blocks = source.model.get_submodule(source.blocks_name)
     source.load_outer()
     for index in range(len(source)):
         block = source.load_block(index)
         assert block is blocks[index]
-        real = [i for i, other in enumerate(blocks) if any(p.device.type != "meta" for p in other.parameters())]
-        assert real == [index]
+        with_data = [i for i, other in enumerate(blocks) if any(p.device.type != "meta" for p in other.parameters())]
+        assert with_data == [index]
         source.release_block(index)
         assert {t.device.type for t in block.parameters()} == {"meta"}
         with pytest.raises(LlmqError, match=f"block {index} must be loaded"):
@@ -159,16 +170,17 @@ def test_a_block_can_be_loaded_again(tmp_path: Path) -> None:
 def test_names_of_parameters_in_the_plan(tmp_path: Path) -> None:
     source = open_source(saved(tiny_model("falcon"), tmp_path))
     entries = dict(source.model.state_dict())
-    for name, (parameter, spec) in source.tensor_plan().items():
-        assert tuple(entries[parameter].shape) == spec.shape
-        if parameter.endswith(".weight"):
-            assert f"{source.checkpoint_name(parameter.removesuffix('.weight'))}.weight" == name
+    for each in source.tensor_plan():
+        assert each.parameter is not None
+        assert tuple(entries[each.parameter].shape) == each.spec.shape
+        if each.parameter.endswith(".weight"):
+            assert f"{source.checkpoint_name(each.parameter.removesuffix('.weight'))}.weight" == each.name
     assert source.checkpoint_name("lm_head") == "lm_head"  # tied, and written under another name
 
 
 def test_merged_weights_have_no_name_of_their_own(tmp_path: Path) -> None:
     source = open_source(saved(moe_model("mixtral"), tmp_path))
-    computed = [name for name, (parameter, _) in source.tensor_plan().items() if not parameter]
+    computed = [each.name for each in source.tensor_plan() if each.parameter is None]
     assert len(computed) == 2 * 4 * 3
     assert source.checkpoint_name("model.layers.0.self_attn.q_proj") == "model.layers.0.self_attn.q_proj"
     with pytest.raises(LlmqError, match="merged or split"):
@@ -176,13 +188,13 @@ def test_merged_weights_have_no_name_of_their_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_an_asked_dtype_is_taken(dtype: str, tmp_path: Path) -> None:
+def test_a_requested_dtype_is_used(dtype: str, tmp_path: Path) -> None:
     model = tiny_model("gemma2")
     folder = saved(model, tmp_path)
-    for given in (folder, model):
-        source = open_source(given, dtype=dtype)
+    for original in (folder, model):
+        source = open_source(original, dtype=dtype, tokenizer=tiny_tokenizer())
         assert source.dtype == getattr(torch, dtype)
-        assert not source.notes
+        assert source.notes == ()
         load_all(source)
         assert_same(everything(source.model), everything(loaded(folder, getattr(torch, dtype))))
 
@@ -194,7 +206,7 @@ def test_auto_keeps_half_precision(tmp_path: Path) -> None:
     assert open_source(folder).notes == ()
 
 
-def test_a_loaded_model_is_not_changed() -> None:
+def test_the_callers_model_is_not_changed() -> None:
     model = tiny_model("qwen2").train()
     before = {name: tensor.clone() for name, tensor in everything(model).items()}
     identities = {name: id(tensor) for name, tensor in everything(model).items()}
@@ -245,7 +257,7 @@ def test_tied_weights_stored_twice_are_tied(tmp_path: Path) -> None:
     folder = saved(tiny_model("gemma2"), tmp_path)
     rewrite(folder, {"lm_head.weight": stored(folder)["model.embed_tokens.weight"].clone()})
     source = open_source(folder)
-    assert "lm_head.weight" not in source.tensor_plan()
+    assert "lm_head.weight" not in planned_names(source)
     source.load_outer()
     assert source.model.lm_head.weight is source.model.model.embed_tokens.weight
 
@@ -255,7 +267,7 @@ def test_tied_weights_that_differ_stay_two(tmp_path: Path) -> None:
     rewrite(folder, {"lm_head.weight": stored(folder)["model.embed_tokens.weight"] * 2})
     source = open_source(folder)
     assert any("differ" in note for note in source.notes)
-    assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(source.tensor_plan())
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= planned_names(source)
     load_all(source)
     assert_same(everything(source.model), everything(loaded(folder)))
     (tmp_path / "out").mkdir()
@@ -268,12 +280,12 @@ def test_tied_weights_stored_under_the_other_name(tmp_path: Path) -> None:
     embeddings = stored(folder)["model.embed_tokens.weight"]
     rewrite(folder, {"model.embed_tokens.weight": None, "lm_head.weight": embeddings})
     source = open_source(folder)
-    assert set(source.tensor_plan()) >= {"model.embed_tokens.weight"}
+    assert "model.embed_tokens.weight" in planned_names(source)
     load_all(source)
     assert_same(everything(source.model), everything(loaded(folder)))
 
 
-def test_tensors_without_a_place_are_noted(tmp_path: Path) -> None:
+def test_stored_tensors_that_the_model_lacks_are_noted(tmp_path: Path) -> None:
     folder = saved(tiny_model("llama"), tmp_path)
     rewrite(folder, {"model.mtp.weight": torch.ones(2), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
     source = open_source(folder)
@@ -298,7 +310,7 @@ def refused(source: Any, *words: str, **kwargs: Any) -> None:
         ("model.layers.1.mlp.up_proj.weight", torch.ones(128, 64).to(torch.float8_e4m3fn), ("quantized already",)),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(
+def test_weights_that_do_not_fit_the_config_are_refused(
     name: str, value: Tensor | None, words: tuple[str, ...], tmp_path: Path
 ) -> None:
     refused(rewrite(saved(tiny_model("llama"), tmp_path), {name: value}), *words)
@@ -307,14 +319,20 @@ def test_weights_that_do_not_fit_are_refused(
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"model_type": "nonsense"}, ("nonsense", "no model_type")),
-        ({"model_type": None}, ("no model_type",)),
-        ({"model_type": ["llama"]}, ("no model_type",)),
+        ({"model_type": "nonsense"}, ("nonsense", "does not know model_type")),
+        ({"model_type": None}, ("does not know model_type None",)),
+        ({"model_type": ["llama"]}, ("does not know model_type ['llama']",)),
         ({"model_type": "nonsense", "auto_map": {"AutoModel": "modeling_x.X"}}, ("auto_map", "never run")),
         ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, ("encoder-decoder",)),
-        ({"model_type": "vit", "architectures": ["ViTModel"]}, ("without a decoder",)),
-        ({"architectures": ["LlamaForSequenceClassification"]}, ("without a decoder", "SequenceClassification")),
-        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, ("without a decoder", "BertForMaskedLM")),
+        ({"model_type": "vit", "architectures": ["ViTModel"]}, ("no causal language model for vit",)),
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            ("models that predict tokens", "SequenceClassification"),
+        ),
+        (
+            {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
+            ("models that predict tokens", "BertForMaskedLM"),
+        ),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ("quantized already", "gptq")),
         ({"num_hidden_layers": "many"}, ("config.json", "llama")),
         ({"num_hidden_layers": 5}, ("lacks", "layers.4")),
@@ -412,15 +430,102 @@ def test_side_files_of_a_folder(tmp_path: Path) -> None:
 def test_side_files_of_a_loaded_model(tmp_path: Path) -> None:
     model = tiny_model("llama")
     plain = open_source(model)
-    with pytest.raises(LlmqError, match="give it as `tokenizer`"):
+    with pytest.raises(LlmqError, match="save model and tokenizer to one folder"):
         plain.tokenizer()
     plain.write_side_files(tmp_path, {"quant_method": "x"})
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "generation_config.json"}
-    assert any("no tokenizer" in note for note in plain.notes)
-    with_one = open_source(model, tokenizer=tiny_tokenizer())
-    with_one.write_side_files(tmp_path, {"quant_method": "x"})
+    with_tokenizer = open_source(model, tokenizer=tiny_tokenizer())
+    with_tokenizer.write_side_files(tmp_path, {"quant_method": "x"})
     assert (tmp_path / "tokenizer.json").exists()
-    assert not any("no tokenizer" in note for note in with_one.notes)
+
+
+def test_a_missing_tokenizer_is_noted_before_and_after_the_files_are_written(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    cast = "the source is float32: cast to bfloat16 (dtype auto)"
+    for tokenizer, count in ((None, 2), (tiny_tokenizer(), 1)):
+        source = open_source(model, tokenizer=tokenizer)
+        before = source.notes
+        assert len(before) == count
+        assert before[0] == cast
+        assert all(note.startswith("the checkpoint has no tokenizer: the loaded model") for note in before[1:])
+        for _ in range(2):
+            source.write_side_files(tmp_path, {"quant_method": "x"})
+        assert source.notes == before
+    moved = saved(model, tmp_path / "moved")
+    model.name_or_path = str(moved)
+    late = open_source(model)
+    assert late.notes[1].startswith(f"the checkpoint has no tokenizer: {moved} has no tokenizer that can be loaded")
+    tiny_tokenizer().save_pretrained(moved)  # too late: what was noted stays true
+    (tmp_path / "late").mkdir()
+    late.write_side_files(tmp_path / "late", {"quant_method": "x"})
+    assert not (tmp_path / "late" / "tokenizer.json").exists()
+    with pytest.raises(LlmqError, match="no tokenizer that can be loaded"):
+        late.tokenizer()
+
+
+@pytest.mark.parametrize("kind", ["folder", "memory"])
+def test_side_files_do_not_depend_on_what_is_loaded(kind: str, tmp_path: Path) -> None:
+    model = tiny_model("gemma2")
+    folder = saved(model, tmp_path / "source")
+    tiny_tokenizer().save_pretrained(folder)
+    source = open_source(
+        folder if kind == "folder" else model, tokenizer=None if kind == "folder" else tiny_tokenizer()
+    )
+    written = []
+    for name in ("before", "after"):
+        out = tmp_path / name
+        out.mkdir()
+        source.write_side_files(out, {"quant_method": "x"})
+        written.append({path.name: path.read_bytes() for path in out.iterdir()})
+        load_all(source)
+        source.release_block(0)
+    assert written[0] == written[1]
+    assert {"config.json", "generation_config.json", "tokenizer.json"} <= set(written[0])
+
+
+class Unsaved:
+    """A tokenizer that cannot be saved."""
+
+    bos_token_id, eos_token_id, all_special_ids = 1, 2, (0, 1, 2)
+
+    def __call__(self, text: str, verbose: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [3 + ord(letter) % 90 for letter in text]}
+
+    def save_pretrained(self, folder: Path) -> None:
+        raise TypeError("Object of type Vocabulary is not JSON serializable\nsecond line")
+
+
+def test_a_tokenizer_that_cannot_be_saved_fails_before_a_block_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: object) -> None:
+        raise AssertionError("a block was loaded")
+
+    monkeypatch.setattr(InMemorySource, "load_block", loaded)
+    monkeypatch.setattr(InMemorySource, "load_outer", loaded)
+    monkeypatch.setattr(SideFiles, "_load", lambda self: Unsaved())
+    message = "the tokenizer of the source cannot be saved: Object of type Vocabulary is not JSON serializable"
+    with pytest.raises(LlmqError) as caught:
+        llmq.quantize(tiny_model("llama"), tmp_path / "new" / "out", llmq.QuantConfig("gptq", group_size=32))
+    assert str(caught.value) == message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("broken", ["config", "generation_config"])
+def test_a_config_that_cannot_be_saved_is_refused(broken: str, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    getattr(model, broken).extra = object()
+    with pytest.raises(LlmqError, match=rf"^{broken}\.json of the source cannot be saved: .*JSON"):
+        open_source(model).write_side_files(tmp_path, {"quant_method": "x"})
+
+
+def test_references_to_code_in_a_saved_tokenizer_are_removed(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": ["modeling_x.T", None]}
+    tokenizer.save_pretrained(tmp_path)
+    assert "auto_map" in (tmp_path / "tokenizer_config.json").read_text()
+    open_source(tiny_model("llama"), tokenizer=tokenizer).write_side_files(tmp_path, {"quant_method": "x"})
+    assert "auto_map" not in (tmp_path / "tokenizer_config.json").read_text()
 
 
 def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path) -> None:
@@ -434,28 +539,81 @@ def test_a_repo_id_is_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.Mo
     saved(tiny_model("llama"), repo / "snapshots" / commit)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
-    asked = []
+    patterns = []
 
     def cached(name: str, **kwargs: Any) -> str:
-        asked.extend(kwargs["allow_patterns"])
+        patterns.extend(kwargs["allow_patterns"])
         return snapshot_download(name, cache_dir=tmp_path, local_files_only=True, **kwargs)
 
     monkeypatch.setattr(source_module, "snapshot_download", cached)
     source = open_source("some/model")
     assert len(load_all(source)) == len(source.tensor_plan())
-    assert {Path(each).suffix for each in asked if each.startswith("model-")} == {".safetensors"}
-    assert not any(each.endswith((".bin", ".py")) for each in asked)
+    assert {Path(each).suffix for each in patterns if each.startswith("model-")} == {".safetensors"}
+    assert not any(each.endswith((".bin", ".py")) for each in patterns)
     assert open_source("some/model", revision=commit).dtype == torch.bfloat16
-    refused("some/other", "no folder some/other", "no repo some/other")
+    refused("some/other", "there is no folder some/other", "the hub repo some/other could not be downloaded")
     refused("some/model", "at v9", revision="v9")
 
 
-def test_nothing_is_printed_and_settings_are_put_back(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def hub_settings() -> tuple[int, bool, bool]:
+    return hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+
+
+def test_quiet_threads_that_overlap_restore_the_settings() -> None:
+    """The first thread to enter is also the first to leave."""
+    before, entered, left = hub_settings(), Event(), Event()
+    inside: list[int] = []
+
+    def first() -> None:
+        with quiet():
+            assert entered.wait(10)
+        left.set()
+
+    def second() -> None:
+        with quiet():
+            entered.set()
+            assert left.wait(10)
+            inside.append(hf_logging.get_verbosity())
+
+    thread = Thread(target=first)
+    thread.start()
+    while hf_logging.get_verbosity() == before[0] and thread.is_alive():
+        time.sleep(0.001)
+    second()
+    thread.join()
+    assert inside == [hf_logging.ERROR]
+    assert hub_settings() == before
+
+
+def test_threads_that_read_gguf_files_leave_the_readers_functions_as_they_were() -> None:
+    gguf = pytest.importorskip("gguf")
+    before = gguf.GGUFReader, gguf.get_tensor_name_map, source_gguf.hf_gguf.tqdm
+    inside, most = [0], []
+    entered = Barrier(2)
+
+    def read(delay: float) -> None:
+        entered.wait(10)
+        with source_gguf._read_once():
+            inside[0] += 1
+            most.append(inside[0])
+            time.sleep(delay)
+            inside[0] -= 1
+
+    threads = [Thread(target=read, args=(delay,)) for delay in (0.05, 0.2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1]
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map, source_gguf.hf_gguf.tqdm) == before
+
+
+def test_nothing_is_printed_and_settings_are_restored(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = saved(tiny_model("llama"), tmp_path)
     capfd.readouterr()
-    before = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    before = hub_settings()
     load_all(open_source(folder))
-    assert (hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()) == before
+    assert hub_settings() == before
     assert capfd.readouterr() == ("", "")
 
 
@@ -471,11 +629,11 @@ def test_the_demo_model_is_read_from_gguf(tmp_path: Path, capfd: pytest.CaptureF
     assert source.dtype == torch.bfloat16
     assert len(source) == 30
     assert any("cannot be streamed" in note for note in source.notes)
-    assert "lm_head.weight" not in source.tensor_plan()
+    assert "lm_head.weight" not in planned_names(source)
     source.load_outer()
     names = dict(source.outer_tensors())
     names.update(dict.fromkeys(name for i in range(30) if source.load_block(i) for name, _ in source.block_tensors(i)))
-    assert set(names) == set(source.tensor_plan())
+    assert set(names) == planned_names(source)
     source.write_side_files(tmp_path, {"quant_method": "x"})
     files = {path.name for path in tmp_path.iterdir()}
     assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= files

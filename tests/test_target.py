@@ -1,4 +1,4 @@
-"""Outputs that would destroy an input, or anything that no quantizer wrote, are refused before any work."""
+"""Outputs that would delete an input, or anything that no quantizer wrote, are refused before any work."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONFIG = llmq.QuantConfig("rtn", group_size=32)
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """runs/model, a source; runs/packed, its quantized form; link, which links to the source; near/, links to its files."""
+    """runs/model is a source, runs/packed its quantized form; `link` links to the source, near/ holds links to its files."""
     tiny_model("llama").save_pretrained(tmp_path / "runs" / "model")
     llmq.quantize(tmp_path / "runs" / "model", tmp_path / "runs" / "packed", CONFIG)
     (tmp_path / "link").symlink_to(tmp_path / "runs" / "model")
@@ -38,26 +38,25 @@ def contents(folder: Path) -> dict[str, bytes]:
 OVERLAPS = {
     "the source itself": ("runs/model", "runs/model", "is an input"),
     "above the source": ("runs/model", "runs", "contains an input"),
-    "inside the source": ("runs/model", "runs/model/out", "lies in an input"),
+    "inside the source": ("runs/model", "runs/model/out", "is inside an input"),
     "the source through a link": ("link", "runs/model", "is an input"),
     "above the source through a link": ("link", "runs", "contains an input"),
     "a link to the source": ("runs/model", "link", "is an input"),
-    "where the source's files really are": ("near", "runs/model", "contains an input"),
+    "the folder that the source's files link to": ("near", "runs/model", "contains an input"),
 }
 
 
 @pytest.mark.parametrize("case", OVERLAPS)
 def test_an_output_that_touches_the_source_is_refused(place: Path, case: str) -> None:
     source, output, message = OVERLAPS[case]
-    for config in (place / "runs" / "config.json",):  # the folder above looks like a checkpoint of ours, too
-        config.write_text(json.dumps({"quantization_config": {}}))
+    (place / "runs" / "config.json").write_text(json.dumps({"quantization_config": {}}))  # looks like a checkpoint
     before = contents(place)
     with pytest.raises(llmq.LlmqError, match=message):
         llmq.quantize(place / source, place / output, CONFIG, overwrite=True)
     assert contents(place) == before
 
 
-def test_the_folder_of_a_model_in_memory_is_an_input(place: Path) -> None:
+def test_the_folder_of_a_loaded_model_is_an_input(place: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(place / "runs" / "model")
     with pytest.raises(llmq.LlmqError, match="is an input"):
         llmq.quantize(model, place / "runs" / "model", CONFIG, overwrite=True)
@@ -77,9 +76,9 @@ def test_the_calibration_text_is_an_input(place: Path) -> None:
     assert text.exists()
 
 
-def test_a_folder_beside_the_source_and_a_name_that_is_no_path_are_fine(place: Path) -> None:
+def test_a_folder_next_to_the_source_and_a_hub_id_are_accepted(place: Path) -> None:
     refuse_overlap(place / "runs" / "other", [place / "runs" / "model", Path("owner/name")])
-    refuse_overlap("owner/name", [Path("owner/name")])  # a hub id, whose folder is the one to be made
+    refuse_overlap("owner/name", [Path("owner/name")])  # a hub id that is also the name of the output
     llmq.quantize(place / "runs" / "model", place / "runs" / "packed", CONFIG, overwrite=True)
 
 
@@ -90,17 +89,21 @@ def _dense(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+UNKNOWN = "holds files, and no config.json with a quantization_config"
 REPLACEMENTS: dict[str, tuple[Callable[[Path], object], str | None]] = {
-    "a checkpoint of ours": (lambda folder: None, None),
-    "one that another quantizer wrote": (lambda folder: (folder / "llmq_report.json").unlink(), None),
+    "a checkpoint of llmq": (lambda folder: None, None),
+    "a checkpoint of another quantizer": (lambda folder: (folder / "llmq_report.json").unlink(), None),
     "an empty folder": (lambda folder: (shutil.rmtree(folder), folder.mkdir()), None),
-    "a dense model": (_dense, "no quantization_config|has no"),
-    "any other folder": (lambda folder: [file.unlink() for file in folder.glob("*.json")], "holds other files"),
+    "a dense model": (_dense, UNKNOWN),
+    "any other folder": (
+        lambda folder: [file.unlink() for file in folder.glob("*.json")],
+        UNKNOWN,
+    ),
     "a broken config": (
         lambda folder: [(folder / "llmq_report.json").unlink(), (folder / "config.json").write_text("{")],
-        "holds other files",
+        UNKNOWN,
     ),
-    "a checkpoint with a folder inside": (lambda folder: (folder / "mine").mkdir(), "would also remove"),
+    "a checkpoint with a folder inside": (lambda folder: (folder / "mine").mkdir(), "would also delete"),
 }
 
 

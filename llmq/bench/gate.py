@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from llmq.errors import LlmqError
 from llmq.eval.models import random_ids
 from llmq.hf.generation import generate_fast
-from llmq.serving.linear import QuantLinear, answering
+from llmq.serving.linear import QuantLinear, forward_overridden
 
 STEP = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 2**-20}
 """Relative error of one result: two roundings."""
@@ -129,7 +129,7 @@ def _dense(model: nn.Module, kind: torch.dtype) -> AbstractContextManager[None]:
 
         return forward
 
-    return answering([module for module in model.modules() if isinstance(module, QuantLinear)], forward_of)
+    return forward_overridden([module for module in model.modules() if isinstance(module, QuantLinear)], forward_of)
 
 
 def check_tokens(name: str, model: Any, prompts: Prompts, noise: float) -> dict[str, Any]:

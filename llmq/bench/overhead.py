@@ -35,7 +35,7 @@ from llmq.eval.models import wait
 from llmq.hf.generation import Decoder
 from llmq.kernels import layout, wna16
 from llmq.kernels.registry import KERNELS
-from llmq.serving.linear import QuantLinear, answering
+from llmq.serving.linear import QuantLinear, forward_overridden
 
 PASSES, STEPS, PROMPT = 100, 20, 8
 
@@ -135,7 +135,7 @@ def nothing_to_do(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     try:
         for kernel in KERNELS:
             kernel.run = run  # type: ignore[method-assign]
-        with answering(dense, forward_of):
+        with forward_overridden(dense, forward_of):
             yield
     finally:
         for kernel, own in zip(KERNELS, runs, strict=True):

@@ -29,10 +29,11 @@ from llmq.hf.forward import shared_inputs
 from llmq.hf.inference import open_model
 from llmq.hf.quantizer import load
 from llmq.hf.source_base import quiet
+from llmq.hf.text_decoder import text_decoder
 from llmq.methods.base import Target
 from llmq.methods.rtn import rtn
 from llmq.quantization.plan import make_plan
-from llmq.serving.fused import join, joined_linears, make_ready
+from llmq.serving.fused import fuse_linears, fused_linears, make_ready
 from llmq.serving.linear import QuantLinear
 
 
@@ -77,7 +78,7 @@ def of_shape(shape: str, config: QuantConfig, dtype: torch.dtype, device: str, s
     found.append(Variant("packed", packed, _since(began, device), "rounded to nearest in memory, layouts made"))
     began = time.perf_counter()
     fused = sharing_copy(packed)
-    join(fused)
+    fuse_linears(fused, text_decoder(fused.config, fused).module)
     make_ready(fused)
     found.append(Variant("fused", fused, _since(began, device), "packed weights shared, joined layouts made"))
     return found
@@ -87,9 +88,9 @@ def of_shape(shape: str, config: QuantConfig, dtype: torch.dtype, device: str, s
 def packed_twin(model: Any, config: QuantConfig) -> Any:
     """A model whose blocks' linears are those of `model` rounded to nearest; it shares every other tensor with it."""
     twin = sharing_copy(model)
-    for name, row in make_plan(model, config, partial(shared_inputs, model)).linears.items():
+    for name, row in make_plan(model, config, model.dtype, partial(shared_inputs, model)).linears.items():
         linear = model.get_submodule(name)
-        target = Target(row.grid, linear.weight.dtype, str(config.scales), config.damping)
+        target = Target(row.scheme.weight, linear.weight.dtype, str(config.scales), config.damping)
         rounded = rtn(linear.weight.float(), None, target).weight
         twin.set_submodule(name, QuantLinear.from_quantized(rounded, linear.bias))
     return twin.eval()
@@ -112,7 +113,7 @@ def held_bytes(model: nn.Module) -> int:
 
 def _layout_tensors(model: nn.Module) -> Iterator[Tensor]:
     linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
-    for linear in (*linears, *(joined.whole for joined in joined_linears(model))):
+    for linear in (*linears, *(group.stacked for group in fused_linears(model))):
         for _, layout in linear._layouts.values():
             values = (getattr(layout, field.name) for field in dataclasses.fields(layout))
             yield from (value for value in values if isinstance(value, Tensor))

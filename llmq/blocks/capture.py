@@ -1,13 +1,13 @@
 """Find the decoder blocks of a model, and capture how the model calls each of them.
 
-    find_blocks   the one list of modules that holds the decoder's layers
-    capture       one run of the model over *stub* blocks, which record each block's own arguments and pass the hidden
-                  states on: blocks of different layer types get different masks and rotary tables, so every block's
-                  arguments are kept, not the first one's. Nothing of a real block is needed for it.
+    find_blocks   finds the list of modules that holds the decoder's layers
+    capture       runs the model once over *stub* blocks, which record the arguments of each block and pass the hidden states
+                  on. Blocks of different layer types get different masks and rotary tables, so the arguments of every block
+                  are kept. The weights of the blocks are not needed.
 
-No argument is ever rebuilt by hand: they are replayed as the model gave them, without caches. What a stub returns (a
-tensor, or a tuple that starts with it) is found by trying, and checked: each block must receive the very tensor that
-the previous one returned. A model that does something to the hidden states between blocks is refused.
+Arguments are replayed as the model gave them, without caches; none is rebuilt by hand. Whether a block returns a tensor or a
+tuple that starts with it is found by trying and then checked: each block must receive the very tensor that the previous
+one returned. A model that changes the hidden states between its blocks is refused.
 """
 
 from __future__ import annotations
@@ -28,9 +28,12 @@ class Stop(BaseException):
 
 @dataclass(frozen=True)
 class Call:
-    """How the model calls one block for one batch: its arguments with the hidden states taken out.
+    """How the model calls one block for one batch.
 
-    place: where the hidden states go, a position or a keyword.
+    Fields:
+        place: where the hidden states go: a position or a keyword.
+        args: the positional arguments, with None in the place of the hidden states.
+        kwargs: the keyword arguments, without the hidden states.
     """
 
     place: int | str
@@ -38,7 +41,7 @@ class Call:
     kwargs: dict[str, Any]
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The hidden states that `block` makes of `hidden` [batch, tokens, width]."""
+        """The output of `block` for `hidden`, both [batch, tokens, width]."""
         args, kwargs = list(self.args), dict(self.kwargs)
         if isinstance(self.place, int):
             args[self.place] = hidden
@@ -62,9 +65,9 @@ class Captured:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The dotted name and the list of the decoder's blocks: the outermost list of modules with the most weights.
+    """The dotted name of the list of decoder blocks, and the list: the outermost `ModuleList` with the most parameters.
 
-    Raises `LlmqError` where the model has none.
+    Raises `LlmqError` for a model without one.
     """
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
@@ -79,9 +82,9 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 class _Stub(nn.Module):
-    """Stands in for a block: records its arguments and passes the hidden states on as a new tensor.
+    """Replaces a block: records the arguments and returns the hidden states as a new tensor.
 
-    Attributes of the block that the model reads (a layer type, say) are taken from the block itself.
+    Attributes that the model reads from a block, such as its layer type, are those of the block itself.
     """
 
     def __init__(self, block: nn.Module, as_tuple: bool, previous: _Stub | None, last: bool) -> None:
@@ -115,7 +118,7 @@ class _NotPassedOn(LlmqError):
 
 
 def _place(args: tuple[Any, ...], kwargs: dict[str, Any], expected: Tensor | None) -> int | str:
-    """Where the hidden states are: the argument that is `expected`, or for the first block the likely one."""
+    """Where the hidden states are: the argument that is `expected`; for the first block, the first floating tensor."""
     candidates: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     for place, value in candidates:
         if value is expected if expected is not None else isinstance(value, Tensor) and value.is_floating_point():
@@ -132,11 +135,11 @@ def _without_cache(value: Any) -> Any:
 
 
 def capture(model: nn.Module, run: Callable[[Tensor], object], batches: Sequence[Tensor]) -> Captured:
-    """Record the call of every block of `model` for every batch.
+    """Record how `model` calls each of its blocks for every batch of token ids.
 
-    run: runs the model's forward on token ids [batch, tokens] without caches; the blocks themselves are not run.
-    Arguments that are equal to the first batch's are stored once. Raises `LlmqError` for a model that does more between
-    its blocks than pass the hidden states on.
+    run: runs the model's forward on token ids [batch, tokens] without caches. The blocks themselves are not run.
+    Arguments equal to those of the first batch are stored once. Raises `LlmqError` for a model that changes the hidden
+    states between its blocks, or does not run all of them in order.
     """
     _, blocks = find_blocks(model)
     originals = list(blocks)

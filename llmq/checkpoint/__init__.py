@@ -1,1 +1,1 @@
-"""Checkpoints on disk: `reader` gets tensors out of safetensors shards, `writer` puts them into a staged folder."""
+"""Checkpoints on disk: `reader` reads tensors from safetensors shards, `writer` writes them into a staged folder."""

@@ -1,16 +1,15 @@
-"""Reading a folder of safetensors shards: headers first, then the tensors that are asked for.
+"""Reads a folder of safetensors shards: headers first, then the requested tensors.
 
-`open_checkpoint` reads and checks the index and every header, and no tensor; whatever is wrong with the folder is
-said here, by name. `Checkpoint.read` then opens each shard that it needs, copies the tensors out and closes it: a
-handle that stays open keeps every page that it touched, so memory follows what the caller holds and nothing else.
+`open_checkpoint` reads and checks the index and every header, but no tensor. Its errors name the file and the tensor.
+`Checkpoint.read` opens each shard that it needs, copies the tensors out and closes it again. An open handle would keep
+every page that was read in memory; this way only the tensors that the caller keeps take memory.
 
-A folder holds `model.safetensors`, or `model.safetensors.index.json` whose `weight_map` sends each tensor name to a
-file. Where both are there the single file is meant, as in transformers. A file name of the index must be a plain
-name: a path could leave the folder. The file itself may be a symlink, since the snapshots of the Hugging Face cache
-are made of them.
+A folder holds `model.safetensors`, or `model.safetensors.index.json` whose `weight_map` maps each tensor name to a
+file. If it holds both, the single file is used, as in transformers. The index may contain plain file names only, since
+a path could lead out of the folder. The files themselves may be symlinks, as in the Hugging Face cache.
 
-Left out: pickles (`.bin`, `.pt`, `.pth`) are never opened, since opening one runs the code in it; GGUF is not
-streamed.
+Left out: pickles (`.bin`, `.pt`, `.pth`) are never opened, since opening one runs the code in it. GGUF is read by
+`llmq.hf.source_gguf`.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmq.errors import LlmqError
-from llmq.names import some
+from llmq.names import first_names
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-# safetensors' names of the dtypes that torch has, in the order in which the format's own writer ranks them.
+# safetensors' names of the dtypes that torch has, in the order in which safetensors' own writer sorts them.
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -59,7 +58,7 @@ DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies and what it is, known from the header alone."""
+    """One tensor of a checkpoint, as its file's header describes it."""
 
     file: Path
     dtype: torch.dtype
@@ -75,50 +74,61 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked folder of safetensors. tensors: every tensor in it, by name."""
+    """A checked folder of safetensors.
+
+    Fields:
+        folder: the folder.
+        tensors: every tensor in it, by name.
+    """
 
     folder: Path
     tensors: Mapping[str, StoredTensor]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors together, headers not counted."""
+        """Bytes of all tensors, without headers."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The tensors called `names`, on the CPU, each owning its memory; no file stays open or mapped.
+        """The tensors called `names`, on the CPU. Each owns its memory; no file stays open or mapped.
 
-        Raises `LlmqError` for a name that is not there, and for a file that cannot be read or has changed since.
+        Raises `LlmqError` for an unknown name, and for a file that cannot be read or has changed since it was opened.
         """
         by_file: dict[Path, list[str]] = {}
         for name in names:
             if name not in self.tensors:
                 raise LlmqError(f"{self.folder} has no tensor {name}")
             by_file.setdefault(self.tensors[name].file, []).append(name)
-        found: dict[str, Tensor] = {}
-        for file, wanted in by_file.items():
-            found.update(_read_file(file, wanted))
-        for name, tensor in found.items():
+        tensors: dict[str, Tensor] = {}
+        for file, names_in_file in by_file.items():
+            tensors.update(_read_file(file, names_in_file))
+        for name, tensor in tensors.items():
             stored = self.tensors[name]
             if tensor.dtype != stored.dtype or tuple(tensor.shape) != stored.shape:
-                raise LlmqError(f"{stored.file} changed while it was being read: {name} is another tensor now")
-        return found
+                raise LlmqError(
+                    f"{stored.file} changed while it was being read: {name} has another dtype or shape now; run again"
+                )
+        return tensors
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """The safetensors checkpoint in `folder`: index and headers are read and checked, tensors are not.
+    """The safetensors checkpoint in `folder`. The index and the headers are read and checked, the tensors are not.
 
-    Raises `LlmqError`, naming file and tensor: no such folder; no safetensors in it; a broken or truncated file; an
-    index that is broken, names anything but plain files of the folder, or disagrees with its shards in any direction.
+    Raises `LlmqError` that names file and tensor if
+
+        - there is no such folder, or it holds no safetensors;
+        - a file is broken or truncated;
+        - the index is broken, contains anything but names of files in the folder, or disagrees with its shards.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise LlmqError(f"a checkpoint is a folder: {folder} is {'a file' if folder.exists() else 'not there'}")
+        problem = "is a file" if folder.exists() else "does not exist"
+        raise LlmqError(f"a checkpoint must be a folder; {folder} {problem}; use an existing folder")
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file():
         return Checkpoint(folder, MappingProxyType(_header(single)))
     if not index.is_file():
-        raise LlmqError(_nothing_to_read(folder))
+        raise LlmqError(_no_safetensors(folder))
     weight_map = _weight_map(index)
     listed: dict[str, set[str]] = {}
     for name, file_name in weight_map.items():
@@ -126,100 +136,103 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     tensors: dict[str, StoredTensor] = {}
     for file_name in sorted(listed):
         header = _header(_shard(folder, file_name))
-        _agree(file_name, listed[file_name], set(header), weight_map)
+        _check_agreement(file_name, listed[file_name], set(header), weight_map)
         tensors.update(header)
     return Checkpoint(folder, MappingProxyType(tensors))
 
 
-def _nothing_to_read(folder: Path) -> str:
+def _no_safetensors(folder: Path) -> str:
+    """The error message for a folder without a checkpoint that can be read."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     pickles = [name for name in names if name.endswith(PICKLES)]
     shards = [name for name in names if name.endswith(".safetensors")]
     start = f"{folder} has neither {SINGLE} nor {INDEX}"
     if shards:
-        return f"{start}: it has {some(shards)}, but no index that says which tensor lies where; download it too"
+        return f"{start}: it has {first_names(shards)}, but no index of them; download the index as well"
     if pickles:
-        why = "pickles are not read, since opening one runs the code in it; convert to safetensors"
-        return f"{start}: it has {some(pickles)}; {why}"
-    return f"{start}: give a folder that holds a model in safetensors"
+        return (
+            f"{start}: it has {first_names(pickles)}; pickles are not read, since opening one runs the code in it; "
+            "convert to safetensors"
+        )
+    return f"{start}; use a folder that holds a model in safetensors"
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         parsed = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except (OSError, UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
-        raise LlmqError(f"{index} is not readable JSON: {error}") from None
-    except _Repeated as error:
-        raise LlmqError(f"{index} lists {error} twice") from None
+        raise LlmqError(f"{index} is not readable JSON: {error}; download it again") from None
+    except _RepeatedKey as error:
+        raise LlmqError(f"{index} must list each tensor once; it lists {error} twice; download it again") from None
     weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise LlmqError(f"{index} must have a weight_map from tensor names to files")
+        raise LlmqError(f"{index} must have a weight_map from tensor names to files; download it again")
     for name, file_name in weight_map.items():
         if not isinstance(file_name, str):
-            raise LlmqError(f"{index} sends {name} to {file_name!r}, which is not a file name")
+            raise LlmqError(f"{index} maps {name} to {file_name!r}, which is not a file name; download it again")
     return weight_map
 
 
-class _Repeated(Exception):
-    """A key that a JSON object holds more than once."""
+class _RepeatedKey(Exception):
+    """A JSON object has this key more than once."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    """A JSON object as a dict. Raises `_RepeatedKey`; json alone would keep the last value."""
+    values: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
-            raise _Repeated(key)
-        found[key] = value
-    return found
+        if key in values:
+            raise _RepeatedKey(key)
+        values[key] = value
+    return values
 
 
 def _shard(folder: Path, file_name: str) -> Path:
-    """The file that the index means. A path, even one that ends inside the folder, is refused."""
+    """The file called `file_name`. A path is refused, even one that ends inside the folder."""
     if file_name in ("", ".", "..") or any(sign in file_name for sign in "/\\:\0"):
-        raise LlmqError(
-            f"{folder / INDEX} may name files of its own folder only, without a path; it names {file_name!r}"
-        )
+        raise LlmqError(f"{folder / INDEX} may list files of its own folder only, without a path; got {file_name!r}")
     if not file_name.endswith(".safetensors"):
-        raise LlmqError(f"{folder / INDEX} may name safetensors files only; it names {file_name!r}")
+        raise LlmqError(f"{folder / INDEX} may list safetensors files only; got {file_name!r}")
     if not (folder / file_name).is_file():
-        raise LlmqError(f"{folder / INDEX} names {file_name}, which is not a file of the folder; download it again")
+        raise LlmqError(f"{folder / INDEX} lists {file_name}, which is not a file of the folder; download it again")
     return folder / file_name
 
 
 def _header(file: Path) -> dict[str, StoredTensor]:
     """Every tensor of one file. safetensors checks that offsets, shapes and the file's length agree."""
-    found = {}
+    tensors = {}
     try:
         with safe_open(file, framework="pt", device="cpu", backend="pread") as handle:
             for name in handle.keys():  # noqa: SIM118 (a handle is not iterable)
                 view = handle.get_slice(name)
                 code = view.get_dtype()
                 if code not in DTYPES:
-                    raise LlmqError(f"{file}: {name} has dtype {code}, which is not read")
-                found[name] = StoredTensor(file, DTYPES[code], tuple(view.get_shape()))
+                    raise LlmqError(f"{file}: {name} has dtype {code}, which torch does not have; convert it")
+                tensors[name] = StoredTensor(file, DTYPES[code], tuple(view.get_shape()))
     except (SafetensorError, OSError) as error:
-        raise LlmqError(f"{file} is not a whole safetensors file: {error}; download or convert it again") from None
-    return found
+        raise LlmqError(f"{file} is not a complete safetensors file: {error}; download or convert it again") from None
+    return tensors
 
 
 def _read_file(file: Path, names: list[str]) -> dict[str, Tensor]:
     try:
-        # pread copies into memory that the tensor owns; the default maps the file, and a mapped page counts as ours
-        # for as long as one tensor of the file lives.
+        # pread copies into memory that the tensor owns. The default maps the file, and mapped pages count as memory of
+        # this process until the last tensor of the file is freed.
         with safe_open(file, framework="pt", device="cpu", backend="pread") as handle:
             return {name: handle.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
-        raise LlmqError(f"{file} cannot be read: {error}") from None
+        raise LlmqError(f"{file} cannot be read: {error}; run again, or download it again") from None
 
 
-def _agree(file_name: str, listed: set[str], held: set[str], weight_map: Mapping[str, str]) -> None:
-    """Raise unless the index and the shard name the same tensors."""
-    absent = sorted(listed - held)
+def _check_agreement(file_name: str, listed: set[str], stored: set[str], weight_map: Mapping[str, str]) -> None:
+    """Raise unless the index and the shard contain the same tensors."""
+    remedy = "download the index and the shards again"
+    absent = sorted(listed - stored)
     if absent:
-        raise LlmqError(f"the index says that {file_name} holds {some(absent)}, and it does not")
-    extra = sorted(held - listed)
+        raise LlmqError(f"the index lists {first_names(absent)} in {file_name}, which does not hold it; {remedy}")
+    extra = sorted(stored - listed)
     twice = [name for name in extra if name in weight_map]
     if twice:
-        raise LlmqError(f"{some(twice)} lies in {file_name} and also in {weight_map[twice[0]]}")
+        raise LlmqError(f"{first_names(twice)} is in {file_name} and also in {weight_map[twice[0]]}; {remedy}")
     if extra:
-        raise LlmqError(f"{file_name} holds {some(extra)}, which the index does not list")
+        raise LlmqError(f"{file_name} holds {first_names(extra)}, which the index does not list; {remedy}")

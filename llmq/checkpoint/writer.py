@@ -1,16 +1,17 @@
-"""Writing a checkpoint tensor by tensor, in any order, so that neither the model nor a shard is ever in memory.
+"""Writes a checkpoint tensor by tensor, in any order; neither the model nor a whole shard is ever in memory.
 
-All names, dtypes and shapes are known before the first tensor is. Shards are planned from them, every shard file is
-made at its full size with its header, and each tensor's bytes go to their place as it arrives. A file is, to the
-byte, what `safetensors.torch.save_file` would write of the same tensors: an 8-byte length, a JSON header padded with
-spaces to a multiple of 8, the data; wide dtypes first (so that all are aligned), then by name. One shard is
-`model.safetensors`; several are `model-00001-of-0000N.safetensors` with an index, which is written last.
+All names, dtypes and shapes are known in advance. From them the shards are planned, and every shard file is created
+with its header at its full size. Each tensor's bytes are then written to their place when the tensor arrives. A file
+has exactly the bytes that `safetensors.torch.save_file` would write for the same tensors: an 8-byte length, a JSON
+header padded with spaces to a multiple of 8, then the data, wide dtypes first (so that all are aligned), then by name.
+One shard is called `model.safetensors`; several are called `model-00001-of-0000N.safetensors`, with an index that is
+written last.
 
-The folder is staged beside its target (`llmq.checkpoint.staging`) and renamed by `commit`, after every shard has been
-opened again and compared with the plan. Its space is reserved at the start where the system can do that, so that a
-disk that is too small is found out before hours of work and not after them.
+The folder is staged next to its target (`llmq.checkpoint.staging`). `commit` opens every shard again, compares it with
+the plan and renames the folder. Disk space is reserved at the start if the system supports it, so that a disk that is
+too small is found before hours of work.
 
-Left out: checksums (the manifest's business) and big-endian machines.
+Left out: checksums and big-endian machines.
 """
 
 from __future__ import annotations
@@ -33,17 +34,24 @@ from torch import Tensor
 from llmq.checkpoint.reader import DTYPES, INDEX, open_checkpoint
 from llmq.checkpoint.staging import FULL, StagedFolder, sync, writing
 from llmq.errors import LlmqError
-from llmq.formats.compressed_tensors import TensorSpec
+from llmq.formats.base import TensorSpec
 
 PATTERN = "model{suffix}.safetensors"
-METADATA = {"format": "pt"}  # transformers refuses files that do not say this
+METADATA = {"format": "pt"}  # transformers refuses files without this
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _RANKS = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One planned file. header: its first bytes; places: where each tensor starts in the file; nbytes: its length."""
+    """One planned file.
+
+    Fields:
+        file: the file's name.
+        header: its first bytes.
+        places: the offset of each tensor in the file, in bytes.
+        nbytes: the length of the file.
+    """
 
     file: str
     header: bytes
@@ -52,15 +60,16 @@ class Shard:
 
 
 def plan_shards(specs: Mapping[str, TensorSpec], max_shard_size: int | str = "5GB") -> tuple[Shard, ...]:
-    """The files that will hold `specs`, filled in their order; a tensor larger than a shard gets one of its own.
+    """The files that will hold `specs`, filled in their order. A tensor larger than a shard gets a shard of its own.
 
-    Raises `LlmqError` for no tensors, a dtype that safetensors lacks, or a size that cannot be read.
+    max_shard_size: bytes, or a string such as `5GB`.
+    Raises `LlmqError` for no tensors, a dtype that safetensors lacks, or a size that cannot be parsed.
     """
     if not specs:
-        raise LlmqError("a checkpoint must hold at least one tensor")
+        raise LlmqError("a checkpoint must hold at least one tensor; got none")
     for name, spec in specs.items():
         if spec.dtype not in _CODES:
-            raise LlmqError(f"{name} has dtype {spec.dtype}, which safetensors cannot hold")
+            raise LlmqError(f"{name} has dtype {spec.dtype}, which safetensors cannot store; cast it first")
     empty = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs.items()}
     try:
         if not re.search("[1-9]", str(max_shard_size)) or str(max_shard_size).strip().startswith("-"):
@@ -88,10 +97,15 @@ def _shard(file: str, specs: Mapping[str, TensorSpec]) -> Shard:
 
 @final
 class StagedCheckpoint:
-    """A checkpoint of the tensors `specs` that will be the folder `target`. A context manager: leaving it without
-    `commit` removes all that was written and leaves an old target as it was; a full disk becomes an `LlmqError`.
+    """A checkpoint of the tensors `specs` that will be the folder `target`. Used as a context manager.
 
-    target: missing parents are made. overwrite: an old model folder is replaced at the end.
+    If the context is left without `commit`, everything written is removed and an old target stays as it was. A full
+    disk becomes an `LlmqError`.
+
+    target: missing parents are created.
+    specs: dtype and shape of every tensor, by name, in the order in which shards are filled.
+    max_shard_size: see `plan_shards`.
+    overwrite: an old quantized checkpoint at `target` is replaced at the end.
     Raises `LlmqError` at once, before any work: see `plan_shards` and `StagedFolder`.
     """
 
@@ -129,45 +143,53 @@ class StagedCheckpoint:
 
     @property
     def folder(self) -> Path:
-        """Where side files (config, tokenizer, report) go; the target itself once committed."""
+        """The folder for side files (config, tokenizer, report); the target itself once committed."""
         return self._staged.folder
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all shards together."""
+        """Bytes of all shards."""
         return sum(shard.nbytes for shard in self._shards)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put one tensor in its place. Raises `LlmqError` unless it is planned, as planned, and not written yet."""
+        """Write one tensor to its place.
+
+        Raises `LlmqError` unless the tensor is planned, has the planned dtype and shape, and is not written yet.
+        """
         spec, shard = self._specs.get(name), self._shard_of.get(name)
         if spec is None or shard is None:
-            raise LlmqError(f"{name} is not part of the planned checkpoint")
+            raise LlmqError(f"only planned tensors can be written; {name} is not part of the planned checkpoint")
         if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
             raise LlmqError(
                 f"{name} was planned as {spec.dtype} {list(spec.shape)}; got {tensor.dtype} {list(tensor.shape)}"
             )
         waiting = self._waiting[shard.file]
         if name not in waiting:
-            raise LlmqError(f"{name} was written twice")
+            raise LlmqError(f"each tensor can be written once; {name} was written twice")
         path = self.folder / shard.file
         with writing(path, spec.nbytes):
             if spec.nbytes:
                 _put(path, shard.places[name], tensor)
             waiting.remove(name)
             if not waiting:
-                sync(path)  # now, and not all at the end: the disk works while the next block is computed
+                sync(path)  # now, so that the disk works while the next block is computed
 
     def commit(self) -> None:
-        """Check that all is there, and rename the folder to the target. Raises `LlmqError` where something is not."""
+        """Check that everything was written and rename the folder to the target.
+
+        Raises `LlmqError` if a tensor is missing or a file does not read back as planned.
+        """
         missing = [name for names in self._waiting.values() for name in sorted(names)]
         if missing:
-            raise LlmqError(f"{len(missing)} tensors of the checkpoint were not written, the first is {missing[0]}")
+            raise LlmqError(
+                f"all planned tensors must be written before commit; {len(missing)} are missing, the first is {missing[0]}"
+            )
         if len(self._shards) > 1:
             self._write_index()
-        found = {name: TensorSpec(t.dtype, t.shape) for name, t in open_checkpoint(self.folder).tensors.items()}
-        wrong = [name for name in {**found, **self._specs} if found.get(name) != self._specs.get(name)]
+        stored = {name: TensorSpec(t.dtype, t.shape) for name, t in open_checkpoint(self.folder).tensors.items()}
+        wrong = [name for name in {**stored, **self._specs} if stored.get(name) != self._specs.get(name)]
         if wrong:
-            raise LlmqError(f"{self.folder} does not read back as it was written: {wrong[0]}; check the disk")
+            raise LlmqError(f"{self.folder} does not read back as it was written: {wrong[0]} differs; check the disk")
         self._staged.publish()
 
     def _make(self, shard: Shard) -> None:
@@ -187,7 +209,7 @@ class StagedCheckpoint:
 
 
 def _reserve(handle: int, nbytes: int) -> None:
-    """Make the file that long, with its space set aside where the system and the filesystem can do that."""
+    """Extend the file to `nbytes`, and reserve the disk space if the system and the filesystem support it."""
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(handle, 0, nbytes)

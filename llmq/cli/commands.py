@@ -36,9 +36,6 @@ from llmq.cli.options import (
     examples,
 )
 from llmq.config import Calibration, QuantConfig
-from llmq.config import method as named_method
-from llmq.errors import LlmqError
-from llmq.memory import map_large_tensors
 
 app = typer.Typer(
     help="Quantize causal language models, evaluate them and generate text with them.",
@@ -105,13 +102,11 @@ def quantize(
             ignore=tuple(ignore or ()),
             dtype=dtype.value,
         )
-        calibration = Calibration(dataset, num_samples, seq_len, seed)
-        if not named_method(method.value).calibrated and calibration != Calibration():
-            raise LlmqError(
-                f"method {method.value} uses no calibration data; omit --dataset, --num-samples, --seq-len and --seed"
-            )
+        chosen = Calibration(dataset, num_samples, seq_len, seed)
+        calibration = None if chosen == Calibration() else chosen
         console = make_console(quiet)
         from llmq import api
+        from llmq.memory import map_large_tensors
 
         map_large_tensors()
         source = open_named(model) if model else open_demo("demo")

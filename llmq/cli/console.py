@@ -19,7 +19,7 @@ from rich.text import Text
 
 from llmq.config import SELF
 from llmq.memory import format_bytes
-from llmq.names import gathered_names, some
+from llmq.names import compact_names, first_names
 
 if TYPE_CHECKING:
     from llmq.eval.base import Metric
@@ -153,7 +153,7 @@ def _by_text(lines: Sequence[str]) -> list[str]:
     for line in lines:
         name, _, text = line.partition(": ")
         names_by_text.setdefault(text, []).append(name)
-    return [f"{some(gathered_names(names))}: {text}" for text, names in names_by_text.items()]
+    return [f"{first_names(compact_names(names))}: {text}" for text, names in names_by_text.items()]
 
 
 def _first_notes(notes: Sequence[str]) -> list[str]:

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llmq.calibration import Writing
+from llmq.calibration import GenerationProgress
 from llmq.memory import format_bytes, peak_rss_bytes
 from llmq.quantization.pipeline import Step
 
 
 @contextmanager
-def block_progress(quiet: bool) -> Iterator[Callable[[Step | Writing], None]]:
+def block_progress(quiet: bool) -> Iterator[Callable[[Step | GenerationProgress], None]]:
     """Shows the block, the linear, the time left and the peak memory; silent if `quiet`.
 
     Before the first block, if the model generates its own calibration text, it shows how far that is.
@@ -38,14 +38,14 @@ def block_progress(quiet: bool) -> Iterator[Callable[[Step | Writing], None]]:
             yield _on_bar(bar)
 
 
-def _as_lines(print_line: Callable[[str], None]) -> Callable[[Step | Writing], None]:
+def _as_lines(print_line: Callable[[str], None]) -> Callable[[Step | GenerationProgress], None]:
     """One line per block; of the text generation, its estimated time and then a line per tenth."""
     started = time.perf_counter()
     generating = _generation_lines(print_line)
 
-    def show(step: Step | Writing) -> None:
+    def show(step: Step | GenerationProgress) -> None:
         nonlocal started
-        if isinstance(step, Writing):
+        if isinstance(step, GenerationProgress):
             generating(step)
             started = time.perf_counter()
         elif step.linear is None:
@@ -57,14 +57,14 @@ def _as_lines(print_line: Callable[[str], None]) -> Callable[[Step | Writing], N
     return show
 
 
-def _on_bar(bar: Progress) -> Callable[[Step | Writing], None]:
+def _on_bar(bar: Progress) -> Callable[[Step | GenerationProgress], None]:
     """One bar: for the text generation, whose estimated time is printed above it, then for the blocks."""
     task = bar.add_task("reading", total=None, memory="", unit="block")
     generating = _generation_lines(lambda line: bar.console.print(line, highlight=False), every_tenth=False)
 
-    def show(step: Step | Writing) -> None:
+    def show(step: Step | GenerationProgress) -> None:
         memory = format_bytes(peak_rss_bytes())
-        if isinstance(step, Writing):
+        if isinstance(step, GenerationProgress):
             generating(step)
             bar.update(
                 task, total=step.total, completed=step.done, description="generating", unit="token", memory=memory
@@ -76,11 +76,13 @@ def _on_bar(bar: Progress) -> Callable[[Step | Writing], None]:
     return show
 
 
-def _generation_lines(print_line: Callable[[str], None], every_tenth: bool = True) -> Callable[[Writing], None]:
+def _generation_lines(
+    print_line: Callable[[str], None], every_tenth: bool = True
+) -> Callable[[GenerationProgress], None]:
     """Prints the size of the text to generate, the estimated time once it is known, and a line per tenth if `every_tenth`."""
     last: int | None = None  # -1: the size was printed; from 0 on: tenths of the text
 
-    def show(step: Writing) -> None:
+    def show(step: GenerationProgress) -> None:
         nonlocal last
         tenth = -1 if step.left is None else 10 * step.done // step.total
         if last is not None and (tenth <= last or not (every_tenth or last < 0)):

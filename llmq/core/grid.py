@@ -1,17 +1,18 @@
-"""The affine map  weight ~ (code - zero) * scale,  stated once: fit it, quantize on it, dequantize from it.
+"""The affine grid of a weight, weight ~ (code - zero) * scale: fit it, quantize on it.
 
-Three kinds of grid, at 2, 3, 4 or 8 bits, each per tensor, per channel or per group:
+Three kinds of grid, at 2, 3, 4 or 8 bits, each per channel or per group:
 
-    asymmetric          scale > 0, zero in 0 .. 2**bits - 1, chosen so that [min, max] (stretched to hold 0) is covered
+    asymmetric          scale > 0, zero in 0 .. 2**bits - 1, chosen so that the group's range, extended to include 0, is
+                        covered
     symmetric           zero is the middle code 2**(bits - 1), scale = max|w| / (2**bits - 1) * 2 > 0
-    signed full range   as symmetric, but the scale carries a sign so that the largest |w| gets code 0 (value -2**(bits-1)):
-                        one code more on that side than the positive scale has
+    signed full range   symmetric with a signed scale: the largest |w| gets code 0 (value -2**(bits - 1)), which is one
+                        code more on that side than a positive scale offers
 
-Zero is always representable exactly. Scales are rounded to their storage dtype *before* any code is computed, so the
-codes are the nearest ones for the scale that is stored; nothing downstream computes them again.
+Zero is always exactly representable. Scales are rounded to their storage dtype *before* any code is computed, so the
+codes are the nearest ones for the stored scale. Nothing downstream recomputes them.
 
-A group of zeros gets scale 1. A scale that storage rounds to zero or to a denormal is raised to the dtype's smallest
-normal number (GPUs flush denormals); one that overflows it is refused by `checked_scale`.
+A group of zeros gets scale 1. A scale that its storage dtype rounds to zero or to a denormal is raised to the smallest
+normal number (GPUs flush denormals). `checked_scale` refuses one that overflows.
 """
 
 from __future__ import annotations
@@ -27,21 +28,18 @@ from llmq.errors import LlmqError
 
 @dataclass(frozen=True)
 class Grid:
-    """What every group of a weight has in common.
-
-    bits: 2, 3, 4 or 8.
-    group_size: columns per group; None for one group per row; `per_tensor` overrides it with one group for everything.
-    symmetric: no zero point is stored.
-    """
+    """The affine grid that every group of a weight shares."""
 
     bits: int
+    """2, 3, 4 or 8."""
     group_size: int | None
+    """Columns per group; None for one group per row (per channel)."""
     symmetric: bool
-    per_tensor: bool = False
+    """Whether there is no zero point."""
 
     @property
     def levels(self) -> int:
-        """The number of codes less one: the largest code."""
+        """The largest code."""
         return (1 << self.bits) - 1
 
     @property
@@ -50,8 +48,8 @@ class Grid:
         return 1 << (self.bits - 1)
 
     def columns_per_group(self, in_features: int) -> int:
-        """The group size in columns. Raises `LlmqError` where it does not divide `in_features`."""
-        if self.group_size is None or self.per_tensor:
+        """Columns per group of a weight with `in_features` columns. Raises `LlmqError` unless groups divide them."""
+        if self.group_size is None:
             return in_features
         if in_features % self.group_size:
             raise LlmqError(f"group_size must divide in_features {in_features}; got {self.group_size}")
@@ -59,32 +57,32 @@ class Grid:
 
 
 def grouped(weight: Tensor, grid: Grid) -> Tensor:
-    """A view [N, G, g] of a weight [N, K] ([1, 1, N * K] per tensor)."""
-    if grid.per_tensor:
-        return weight.reshape(1, 1, -1)
+    """A view [N, G, g] of a weight [N, K]."""
     return weight.reshape(weight.shape[0], -1, grid.columns_per_group(weight.shape[1]))
 
 
 def checked_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`scale` in its storage dtype, never zero nor denormal. Raises `LlmqError` where `dtype` cannot hold it.
+    """`scale` in its storage dtype, neither zero nor denormal.
 
-    A scale of exactly 0 (a group of zeros) becomes 1; any other keeps its sign.
+    A scale of exactly 0 (a group of zeros) becomes 1. Any other keeps its sign. Raises `LlmqError` if `dtype` overflows.
     """
     limits = torch.finfo(dtype)
     stored = scale.to(dtype)
     if not bool(torch.isfinite(stored).all()):
         worst = scale.abs().max().item()
-        raise LlmqError(f"a scale of {worst:g} does not fit in {dtype}, which ends at {limits.max:g}; use bfloat16")
+        raise LlmqError(
+            f"a scale of {worst:g} does not fit in {dtype}, whose largest value is {limits.max:g}; use bfloat16"
+        )
     tiny = torch.copysign(torch.full_like(stored, limits.tiny), stored)
     stored = torch.where(stored.abs() < limits.tiny, tiny, stored)
     return torch.where(scale == 0, torch.ones_like(stored), stored)
 
 
 def fit(weight: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point that just cover each group's range (what the field calls min-max).
+    """Min-max scales and zero points: each group's range is just covered.
 
-    weight: [N, K] floating, finite. Returns scale [N, G] in `dtype` and zero uint8 [N, G], None when symmetric
-    ([1, 1] each per tensor). The symmetric scale is max|w| / (levels / 2), compressed-tensors' convention.
+    weight: [N, K] floating, finite. Returns scale [N, G] in `dtype`, and zero uint8 [N, G] or None when symmetric. The
+    symmetric scale is max|w| / (levels / 2), the convention of compressed-tensors.
     """
     groups = grouped(weight.float(), grid)
     if grid.symmetric:
@@ -95,25 +93,15 @@ def fit(weight: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor 
     return scale, zero_for(low, scale, grid)
 
 
-def fit_full_range(weight: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, None]:
-    """Signed full-range symmetric scales: the largest |w| of each group gets code 0, whatever its sign.
-
-    weight: [N, K]. Returns scale [N, G] in `dtype`, negative where that weight is positive.
-    """
-    groups = grouped(weight.float(), grid)
-    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    return checked_scale(-extreme / grid.middle, dtype), None
-
-
 def zero_for(low: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    """The code of 0 when the code of `low` (<= 0) is to be 0. low, scale: [N, G]; returns uint8 [N, G]."""
+    """Zero points uint8 [N, G] that map `low` to code 0. low (<= 0), scale: [N, G]."""
     return (-low / scale.float()).round_().clamp_(0, grid.levels).to(torch.uint8)
 
 
 def quantize(weight: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> QuantizedWeight:
-    """The nearest codes of a weight [N, K] on the grid of `scale` and `zero` (as `fit` returns them).
+    """Round a weight [N, K] to the nearest codes of the grid that `scale` and `zero` (as `fit` returns them) span.
 
-    The division is IEEE float32; ties go to the even code; values outside the range take its nearest end.
+    The division is IEEE float32. Ties go to the even code. Values outside the range are clamped to it.
     """
     groups = grouped(weight.float(), grid)
     offset = grid.middle if zero is None else zero.float().unsqueeze(-1)
@@ -124,7 +112,7 @@ def quantize(weight: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> 
 
 
 def clipped_share(weight: Tensor, quantized: QuantizedWeight) -> float:
-    """Share of weights [N, K] that lie outside the grid's range, more than half a step past its ends: 0 to 1."""
+    """Share (0 to 1) of a weight's [N, K] values that lie more than half a step outside the range of the grid."""
     rows = weight.shape[0]
     levels, middle = (1 << quantized.bits) - 1, 1 << (quantized.bits - 1)
     zero = middle if quantized.zero is None else quantized.zero.float().unsqueeze(-1)

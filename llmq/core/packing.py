@@ -1,16 +1,16 @@
-"""Codes <-> int32 words, the bit layout of compressed-tensors and GPTQ.
+"""Pack codes into int32 words, in the bit layout of compressed-tensors and GPTQ.
 
-A row of C codes of b bits is one little-endian bit stream, code 0 in the lowest bits, padded with zero bits to whole
-32-bit words:
+A row of C codes of b bits is one little-endian bit stream. Code 0 is in the lowest bits, and the stream is padded with
+zero bits to whole 32-bit words:
 
-    b = 4:   word 0 = c7 c6 c5 c4 c3 c2 c1 c0          (8 codes a word; c0 in bits 0..3)
+    b = 4:   word 0 = c7 c6 c5 c4 c3 c2 c1 c0          (8 codes per word; c0 in bits 0..3)
     b = 3:   words 0..2 = c31 ... c1 c0                (32 codes in 3 words; c10 straddles words 0 and 1)
 
-so W = ceil(C * b / 32) words. Streams are dense at every width (compressed-tensors since 2026; before that, 3-bit words
-held 10 codes each and wasted 2 bits; 2, 4 and 8 bits are the same in both).
+so W = ceil(C * b / 32) words. Streams are dense at every width (compressed-tensors since 2026; earlier versions stored
+10 3-bit codes per word and wasted 2 bits; 2, 4 and 8 bits are the same in both).
 
-How: `unit` codes fill a whole number of bytes (2 codes = 1 byte at 4 bits, 8 codes = 3 bytes at 3 bits), and the words
-are those bytes viewed as int32. torch stores integers little-endian on every platform that it supports.
+Implementation: `unit` codes fill a whole number of bytes (2 codes = 1 byte at 4 bits, 8 codes = 3 bytes at 3 bits), and
+the words are those bytes viewed as int32. torch stores integers little-endian on every platform that it supports.
 Left out: signed codes. The caller adds the offset; a stored code is never negative.
 """
 
@@ -49,13 +49,13 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
-    """int32 words [R, W] -> uint8 codes [R, count]: the inverse of `pack`. Raises where W is not what `count` needs."""
+    """int32 words [R, W] -> uint8 codes [R, count], the inverse of `pack`. Raises `LlmqError` for a wrong W."""
     rows, width = words.shape
     if width != packed_width(count, bits):
-        raise LlmqError(f"{count} codes of {bits} bits fill {packed_width(count, bits)} words a row; got {width}")
-    # A single column counts as contiguous whatever its stride, and cannot be viewed as bytes.
+        raise LlmqError(f"{count} codes of {bits} bits need {packed_width(count, bits)} words per row; got {width}")
+    # A single column counts as contiguous at any stride, but cannot be viewed as bytes unless it is.
     data = (words.contiguous() if width != 1 else words.clone(memory_format=torch.contiguous_format)).view(torch.uint8)
-    if bits == 4:  # both codes of a byte spread over an int16 at once: the width that matters most, five times faster
+    if bits == 4:  # the most common width: spread both codes of a byte over an int16 at once, five times faster
         pair = data.to(torch.int16)
         return pair.bitwise_or_(pair << 4).bitwise_and_(0x0F0F).view(torch.uint8)[:, :count].contiguous()
     unit, size = _unit(bits)
@@ -73,6 +73,6 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
 
 
 def _unit(bits: int) -> tuple[int, int]:
-    """The least number of codes that fill whole bytes, and that number of bytes."""
+    """The smallest number of codes that fills whole bytes, and that number of bytes."""
     whole = lcm(bits, 8)
     return whole // bits, whole // 8

@@ -1,11 +1,10 @@
-"""`QuantizedWeight`: the only value that crosses from a method to a format to a linear.
+"""`QuantizedWeight`: the value that a rounding method returns, a format stores and a packed linear runs.
 
     weight ~ (codes - zero) * scale
 
-A group is a run of consecutive columns that shares one scale and one zero point. `scale` is [N, G] with
-G = K / group_size; one group per row ("per channel") is G = 1, one scale for everything ("per tensor") is [1, 1].
-Codes are unsigned, 0 .. 2**bits - 1; a symmetric weight has no `zero` tensor: its zero is the middle, 2**(bits - 1).
-Scales are finite and never zero, and may be negative.
+A group is a run of consecutive columns that share one scale and one zero point. `scale` is [N, G] with
+G = K / group_size; one group per row ("per channel") is G = 1. Codes are unsigned, 0 .. 2**bits - 1. A symmetric weight
+has no `zero` tensor: its zero is the middle code, 2**(bits - 1). Scales are finite and nonzero, and may be negative.
 """
 
 from __future__ import annotations
@@ -20,28 +19,26 @@ from llmq.errors import LlmqError
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight [N, K] on an affine grid.
-
-    codes: uint8 [N, K], each 0 .. 2**bits - 1.
-    scale: floating [N, G] (or [1, 1]), in the dtype in which it is stored.
-    zero: uint8, shaped like `scale`; None when symmetric.
-    group_size: columns per group (K when there is one group per row).
-    bits: 2, 3, 4 or 8.
-    """
+    """A weight [N, K] on an affine grid. Raises `LlmqError` where shapes or dtypes contradict each other."""
 
     codes: Tensor
+    """uint8 [N, K], each 0 .. 2**bits - 1."""
     scale: Tensor
+    """Floating [N, G], in the dtype in which it is stored."""
     zero: Tensor | None
+    """uint8 [N, G]; None when symmetric."""
     group_size: int
+    """Columns per group; K for one group per row."""
     bits: int
+    """2, 3, 4 or 8."""
 
     def __post_init__(self) -> None:
         rows, columns = self.codes.shape
         groups = columns // self.group_size
         if groups * self.group_size != columns:
             raise LlmqError(f"group_size must divide in_features {columns}; got {self.group_size}")
-        if self.scale.shape not in ((rows, groups), (1, 1)):
-            raise LlmqError(f"scale must be [{rows}, {groups}] or [1, 1]; got {list(self.scale.shape)}")
+        if self.scale.shape != (rows, groups):
+            raise LlmqError(f"scale must be [{rows}, {groups}]; got {list(self.scale.shape)}")
         if self.zero is not None and self.zero.shape != self.scale.shape:
             raise LlmqError(f"zero must be shaped like scale {list(self.scale.shape)}; got {list(self.zero.shape)}")
         if self.codes.dtype != torch.uint8 or (self.zero is not None and self.zero.dtype != torch.uint8):
@@ -49,7 +46,7 @@ class QuantizedWeight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(N, K): out_features, in_features."""
+        """(N, K) = (out_features, in_features)."""
         return self.codes.shape[0], self.codes.shape[1]
 
     @property
@@ -57,10 +54,10 @@ class QuantizedWeight:
         return self.zero is None
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight [N, K] that the codes stand for, computed in float32, rounded once to `dtype` (default: scale's).
+        """The dense weight [N, K], computed in float32 and rounded once to `dtype` (default: the scales').
 
         The product of a code difference and a 16-bit scale is exact in float32, so every engine that multiplies in
-        float32 or in the scale's dtype gets these same bits.
+        float32 or in the scale's dtype gets the same bits.
         """
         rows, columns = self.shape
         middle = 1 << (self.bits - 1)
@@ -70,9 +67,7 @@ class QuantizedWeight:
         return weight.view(rows, columns).to(dtype or self.scale.dtype)
 
     def rows(self, start: int, stop: int) -> QuantizedWeight:
-        """The weight of output rows start .. stop - 1: how a fused rounding of several linears is taken apart."""
-        if self.scale.shape[0] != self.codes.shape[0]:
-            raise LlmqError("a per-tensor weight has one scale for all rows and cannot be taken apart")
+        """Output rows start .. stop - 1: one linear of several that were rounded as one stacked weight."""
         return QuantizedWeight(
             self.codes[start:stop],
             self.scale[start:stop],

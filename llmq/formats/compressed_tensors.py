@@ -1,26 +1,25 @@
-"""compressed-tensors `pack-quantized`: what vLLM, SGLang, transformers and llama.cpp's converter read.
+"""compressed-tensors `pack-quantized`, the format that vLLM, SGLang, transformers and llama.cpp's converter read.
 
-One linear of N outputs and K inputs, b bits, G groups per row, becomes (local names, `weight` replaced by)
+A linear of N outputs and K inputs at b bits with G groups per row is stored as (local names, in place of `weight`)
 
     weight_packed       int32 [N, ceil(K * b / 32)]     unsigned codes along K, low bits first (llmq.core.packing)
     weight_scale        model dtype [N, G]              G = 1 per channel
     weight_zero_point   int32 [ceil(N * b / 32), G]     unsigned zeros packed along N; absent when symmetric
     weight_shape        int64 [2] = [N, K]
 
-The format defines signed codes q - 2**(b-1) and stores them with that offset added, so what is stored are our unsigned
-codes as they are. config.json's `quantization_config` says which modules are quantized and how: `config` writes it,
-`parse` reads what we and llm-compressor write. Unknown keys inside a group would make the library refuse the file, so
-provenance never goes there.
+The format defines signed codes q - 2**(b-1) and stores them with that offset added, which gives exactly our unsigned
+codes. config.json's `quantization_config` says which modules are quantized and how: `config` writes it, `parse` reads
+what we and llm-compressor write. The library refuses a file with unknown keys inside a group, so provenance is never
+written there.
 
-Left out: g_idx (removed from the format in 2026), per-tensor scales, activations, other number formats: `parse` says
-which of them it met, and such a checkpoint is left to the stock loader.
+Left out: g_idx (removed from the format in 2026), per-tensor scales, activations, other number formats.
+`unsupported_reason` names which of them a checkpoint has, and such a checkpoint is left to the stock loader.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,147 +28,137 @@ from torch import Tensor
 from llmq.core.grid import Grid
 from llmq.core.packing import pack, packed_width, unpack
 from llmq.core.quantized import QuantizedWeight
+from llmq.core.scheme import Scheme, scheme_of
 from llmq.errors import LlmqError
+from llmq.formats.base import Format, Layout, LayoutGroup, TensorSpec, check_specs, matches, spec_of
 
-NAME = "compressed-tensors"
 BITS = (2, 3, 4, 8)
-SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """Dtype and shape of one stored tensor."""
+class CompressedTensors(Format):
+    """See the module's docstring for the layout."""
 
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    name = "compressed-tensors"
+    tensor_names = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+    scale_name = "weight_scale"
+    metadata_names = ("weight_shape",)
+    reserved_names = (*tensor_names, "weight_g_idx")
 
-    @property
-    def nbytes(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * self.dtype.itemsize
+    def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
+        return model_dtype
 
-
-@dataclass(frozen=True)
-class Layout:
-    """A parsed `quantization_config`: which modules are quantized, and on which grid.
-
-    groups: (targets, grid) in file order; a target is a module name, a class name or `re:REGEX`.
-    ignore: the same kinds of pattern, for modules that stay dense.
-    """
-
-    groups: tuple[tuple[tuple[str, ...], Grid], ...]
-    ignore: tuple[str, ...]
-
-    def grid_for(self, name: str, classes: Sequence[str]) -> Grid | None:
-        """The grid of the module `name` whose class and base classes are called `classes`; None where it stays dense.
-
-        A target by name or regex is more specific than one by class and wins, as in vLLM and compressed-tensors.
-        """
-        if any(matches(pattern, name, classes) for pattern in self.ignore):
-            return None
-        for by_name in (True, False):
-            for targets, grid in self.groups:
-                if any(matches(t, name, () if by_name else classes) for t in targets):
-                    return grid
+    def refusal(self, scheme: Scheme) -> str | None:
+        if scheme.activation is not None:
+            return f"pack-quantized stores no quantized activations; the scheme asks for {scheme.activation}"
+        if scheme.weight.bits not in BITS:
+            return f"stores weights of {', '.join(map(str, BITS))} bits; got {scheme.weight.bits}"
+        if scheme.scale_dtype not in SCALE_DTYPES:
+            return f"stores scales in {', '.join(map(str, SCALE_DTYPES))}; got {scheme.scale_dtype}"
         return None
 
+    def specs(self, shape: tuple[int, int], scheme: Scheme) -> dict[str, TensorSpec]:
+        self.require(scheme)
+        grid, (rows, columns) = scheme.weight, shape
+        groups = columns // grid.columns_per_group(columns)
+        specs = {
+            "weight_packed": TensorSpec(torch.int32, (rows, packed_width(columns, grid.bits))),
+            "weight_scale": TensorSpec(scheme.scale_dtype, (rows, groups)),
+            "weight_shape": TensorSpec(torch.int64, (2,)),
+        }
+        if not grid.symmetric:
+            specs["weight_zero_point"] = TensorSpec(torch.int32, (packed_width(rows, grid.bits), groups))
+        return specs
 
-def matches(pattern: str, name: str, classes: Iterable[str]) -> bool:
-    """Whether a compressed-tensors pattern means this module: its exact name, one of its class names, or `re:REGEX`.
+    def encode(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+        self.require(scheme_of(weight))
+        tensors = {
+            "weight_packed": pack(weight.codes, weight.bits),
+            "weight_scale": weight.scale.contiguous(),
+            "weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
+        }
+        if weight.zero is not None:
+            tensors["weight_zero_point"] = pack(weight.zero.T.contiguous(), weight.bits).T.contiguous()
+        return tensors
 
-    The regex is anchored at the start only, as `re.match` is.
-    """
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], name) is not None
-    return pattern == name or pattern in classes
+    def decode(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+        if "weight_shape" not in tensors:
+            raise LlmqError("weight_shape is missing")
+        rows, columns = (int(size) for size in tensors["weight_shape"])
+        check_specs({name: spec_of(tensor) for name, tensor in tensors.items()}, self.specs((rows, columns), scheme))
+        grid, zero = scheme.weight, None
+        if not grid.symmetric:
+            zero = unpack(tensors["weight_zero_point"].T.contiguous(), grid.bits, rows).T.contiguous()
+        codes = unpack(tensors["weight_packed"], grid.bits, columns)
+        return QuantizedWeight(codes, tensors["weight_scale"], zero, grid.columns_per_group(columns), grid.bits)
 
-
-def specs(shape: tuple[int, int], grid: Grid, dtype: torch.dtype) -> dict[str, TensorSpec]:
-    """What `encode` will return for a weight of `shape` [N, K] with scales in `dtype`, without any data."""
-    rows, columns = shape
-    groups = columns // grid.columns_per_group(columns)
-    found = {
-        "weight_packed": TensorSpec(torch.int32, (rows, packed_width(columns, grid.bits))),
-        "weight_scale": TensorSpec(dtype, (rows, groups)),
-        "weight_shape": TensorSpec(torch.int64, (2,)),
-    }
-    if not grid.symmetric:
-        found["weight_zero_point"] = TensorSpec(torch.int32, (packed_width(rows, grid.bits), groups))
-    return found
-
-
-def encode(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """The stored tensors of a quantized weight, under their local names."""
-    if weight.scale.shape[0] != weight.shape[0]:
-        raise LlmqError("pack-quantized holds scales per group or per channel, not per tensor")
-    tensors = {
-        "weight_packed": pack(weight.codes, weight.bits),
-        "weight_scale": weight.scale.contiguous(),
-        "weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
-    }
-    if weight.zero is not None:
-        tensors["weight_zero_point"] = pack(weight.zero.T.contiguous(), weight.bits).T.contiguous()
-    return tensors
-
-
-def decode(tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedWeight:
-    """The quantized weight that stored tensors (local names) hold; the inverse of `encode`.
-
-    N comes from `weight_packed`, K from `weight_shape`. Raises `LlmqError` where dtypes or shapes disagree with `grid`.
-    """
-    rows, columns = (int(size) for size in tensors["weight_shape"])
-    expected = specs((rows, columns), grid, tensors["weight_scale"].dtype)
-    check(tensors, expected)
-    zero = None
-    if not grid.symmetric:
-        zero = unpack(tensors["weight_zero_point"].T.contiguous(), grid.bits, rows).T.contiguous()
-    codes = unpack(tensors["weight_packed"], grid.bits, columns)
-    return QuantizedWeight(codes, tensors["weight_scale"], zero, grid.columns_per_group(columns), grid.bits)
-
-
-def check(tensors: Mapping[str, Tensor], expected: Mapping[str, TensorSpec], prefix: str = "") -> None:
-    """Raise `LlmqError`, naming the tensor (with `prefix`), unless exactly the `expected` ones are there."""
-    for name in sorted(set(tensors) | set(expected)):
-        if name not in tensors:
-            raise LlmqError(f"{prefix}{name} is missing")
-        if name not in expected:
-            raise LlmqError(f"{prefix}{name} is not part of this scheme")
-        tensor, spec = tensors[name], expected[name]
-        if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
+    def check_values(self, tensors: Mapping[str, Tensor], shape: tuple[int, int], prefix: str = "") -> None:
+        stated = tensors["weight_shape"].tolist()
+        if stated != list(shape):
+            raise LlmqError(f"{prefix}weight_shape must be {list(shape)}, the shape in the model; got {stated}")
+        scale = tensors["weight_scale"]
+        if not bool(torch.isfinite(scale).all()) or bool((scale == 0).any()):
             raise LlmqError(
-                f"{prefix}{name} must be {spec.dtype} {list(spec.shape)}; got {tensor.dtype} {list(tensor.shape)}"
+                f"{prefix}weight_scale holds NaN, inf or zero: the file is broken; download or write it again"
             )
 
+    def config(self, schemes: Mapping[str, Scheme], ignore: Sequence[str], ordered: bool) -> dict[str, Any]:
+        """As `Format.config`. `ordered` is recorded as `actorder: weight`, which engines need nothing for.
 
-def config(grids: Mapping[str, Grid], ignore: Sequence[str], ordered: bool) -> dict[str, Any]:
-    """The `quantization_config` of a model whose linears `grids` (module name -> grid) are quantized.
-
-    ignore: the names of every linear that is not. ordered: whether columns were rounded in activation order (recorded
-    as `actorder: weight`; engines need nothing for it). One grid for all becomes one group with target `Linear`;
-    several become one group each, whose targets are names, shortened to a regex on the last part where that is exact.
-    """
-    by_grid: dict[Grid, list[str]] = {}
-    for name, grid in grids.items():
-        by_grid.setdefault(grid, []).append(name)
-    groups = {}
-    for index, (grid, names) in enumerate(by_grid.items()):
-        targets = ["Linear"] if len(by_grid) == 1 else _targets(names, grids)
-        groups[f"group_{index}"] = {
-            "targets": targets,
-            "input_activations": None,
-            "output_activations": None,
+        One grid for all linears becomes one group with the target `Linear`. Several grids become one group each, whose
+        targets are module names, shortened to a regex on the last part of the name where that is exact.
+        """
+        by_grid: dict[Grid, list[str]] = {}
+        for name, scheme in schemes.items():
+            self.require(scheme)
+            by_grid.setdefault(scheme.weight, []).append(name)
+        groups = {}
+        for index, (grid, names) in enumerate(by_grid.items()):
+            targets = ["Linear"] if len(by_grid) == 1 else _targets(names, list(schemes))
+            groups[f"group_{index}"] = {
+                "targets": targets,
+                "input_activations": None,
+                "output_activations": None,
+                "format": "pack-quantized",
+                "weights": _weights(grid, ordered),
+            }
+        return {
+            "quant_method": self.name,
             "format": "pack-quantized",
-            "weights": _weights(grid, ordered),
+            "quantization_status": "compressed",
+            "ignore": list(ignore),
+            "config_groups": groups,
         }
-    return {
-        "quant_method": NAME,
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "ignore": list(ignore),
-        "config_groups": groups,
-    }
+
+    def unsupported_reason(self, quantization_config: Mapping[str, Any]) -> str | None:
+        """As `Format.unsupported_reason`.
+
+        Supported: pack-quantized integers at a width in `BITS`, per group or per channel, no quantized activations.
+        """
+        if quantization_config.get("quant_method") != self.name:
+            return f"quant_method is {quantization_config.get('quant_method')!r}, not {self.name!r}"
+        if quantization_config.get("quantization_status") != "compressed":
+            return f"quantization_status is {quantization_config.get('quantization_status')!r}, not 'compressed'"
+        groups = quantization_config.get("config_groups")
+        if not isinstance(groups, Mapping) or not groups:
+            return "it has no config_groups"
+        for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
+            if quantization_config.get(key):
+                return f"it has a {key}"
+        for name, group in groups.items():
+            reason = _unsupported_group(group, quantization_config.get("format"))
+            if reason:
+                return f"{name}: {reason}"
+        return None
+
+    def parse(self, quantization_config: Mapping[str, Any]) -> Layout:
+        reason = self.unsupported_reason(quantization_config)
+        if reason:
+            raise LlmqError(f"llmq cannot run this checkpoint: {reason}")
+        groups = tuple(_group(name, group) for name, group in quantization_config["config_groups"].items())
+        ignore = quantization_config.get("ignore") or []
+        _check_patterns([*ignore, *(target for group in groups for target in group.targets)])
+        return Layout(groups, tuple(ignore))
 
 
 def _weights(grid: Grid, ordered: bool) -> dict[str, Any]:
@@ -185,47 +174,25 @@ def _weights(grid: Grid, ordered: bool) -> dict[str, Any]:
     }
 
 
-def _targets(names: Sequence[str], grids: Mapping[str, Grid]) -> list[str]:
-    """Patterns that match exactly `names` among all of `grids`."""
-    mine, targets = set(names), []
+def _targets(names: Sequence[str], all_names: Sequence[str]) -> list[str]:
+    """Patterns that match exactly `names` among `all_names`."""
+    remaining, targets = set(names), []
     for last in dict.fromkeys(name.rpartition(".")[2] for name in names):
         pattern = rf"re:.*\.{re.escape(last)}$"
-        matched = {name for name in grids if matches(pattern, name, ())}
-        if matched and matched <= mine:
+        matched = {name for name in all_names if matches(pattern, name, ())}
+        if matched and matched <= remaining:
             targets.append(pattern)
-            mine -= matched
-    return targets + [name for name in names if name in mine]
+            remaining -= matched
+    return targets + [name for name in names if name in remaining]
 
 
-def foreign(quantization_config: Mapping[str, Any]) -> str | None:
-    """Why a `quantization_config` is not one of ours to run; None where it is.
-
-    Ours is: pack-quantized integers at a width in `BITS`, per group or per channel, no quantized activations.
-    """
-    if quantization_config.get("quant_method") != NAME:
-        return f"quant_method is {quantization_config.get('quant_method')!r}, not {NAME!r}"
-    if quantization_config.get("quantization_status") != "compressed":
-        return f"quantization_status is {quantization_config.get('quantization_status')!r}, not 'compressed'"
-    groups = quantization_config.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups:
-        return "it has no config_groups"
-    for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
-        if quantization_config.get(key):
-            return f"it has a {key}"
-    for name, group in groups.items():
-        reason = _foreign_group(group, quantization_config.get("format"))
-        if reason:
-            return f"{name}: {reason}"
-    return None
-
-
-def _foreign_group(group: Any, default_format: Any) -> str | None:
+def _unsupported_group(group: Any, default_format: Any) -> str | None:
     if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
         return "its weights are not quantized"
     weights = group["weights"]
-    layout = group.get("format") or default_format
-    if layout != "pack-quantized":
-        return f"format is {layout!r}, not 'pack-quantized'"
+    stored_as = group.get("format") or default_format
+    if stored_as != "pack-quantized":
+        return f"format is {stored_as!r}, not 'pack-quantized'"
     if group.get("input_activations") or group.get("output_activations"):
         return "activations are quantized"
     if weights.get("type", "int") != "int" or weights.get("dynamic"):
@@ -239,23 +206,14 @@ def _foreign_group(group: Any, default_format: Any) -> str | None:
     return None
 
 
-def parse(quantization_config: Mapping[str, Any]) -> Layout:
-    """The layout that a `quantization_config` describes. Raises `LlmqError` where `foreign` has a reason."""
-    reason = foreign(quantization_config)
-    if reason:
-        raise LlmqError(f"not a checkpoint that llmq runs: {reason}")
-    groups = []
-    for name, group in quantization_config["config_groups"].items():
-        weights, targets = group["weights"], group.get("targets")
-        if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
-            raise LlmqError(f"quantization_config.{name}.targets must be a list of strings; got {targets!r}")
-        size = weights.get("group_size") if weights["strategy"] == "group" else None
-        if weights["strategy"] == "group" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-            raise LlmqError(f"quantization_config.{name}.group_size must be a positive integer; got {size!r}")
-        groups.append((tuple(targets), Grid(weights["num_bits"], size, bool(weights.get("symmetric", True)))))
-    ignore = quantization_config.get("ignore") or []
-    _check_patterns([*ignore, *(target for targets, _ in groups for target in targets)])
-    return Layout(tuple(groups), tuple(ignore))
+def _group(name: str, group: Mapping[str, Any]) -> LayoutGroup:
+    weights, targets = group["weights"], group.get("targets")
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise LlmqError(f"quantization_config.{name}.targets must be a list of strings; got {targets!r}")
+    size = weights.get("group_size") if weights["strategy"] == "group" else None
+    if weights["strategy"] == "group" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        raise LlmqError(f"quantization_config.{name}.group_size must be a positive integer; got {size!r}")
+    return LayoutGroup(tuple(targets), Grid(weights["num_bits"], size, bool(weights.get("symmetric", True))))
 
 
 def _check_patterns(patterns: Sequence[Any]) -> None:

@@ -16,6 +16,7 @@ from llmq.blocks.capture import Captured, capture
 from llmq.blocks.topology import Group, input_groups, model_groups, structure
 from llmq.errors import LlmqError
 from llmq.hf.source_base import Source
+from llmq.hf.text_decoder import text_decoder
 
 PROBE_TOKENS = 16
 UNRUNNABLE = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
@@ -25,7 +26,7 @@ UNRUNNABLE = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, K
 def run_decoder(model: PreTrainedModel, ids: Tensor) -> object:
     """Run the decoder of `model`, without its head and without caches, on token ids [batch, tokens] of any device."""
     device = model.get_input_embeddings().weight.device
-    return model.base_model(input_ids=ids.to(device), use_cache=False)
+    return text_decoder(model.config, model).module(input_ids=ids.to(device), use_cache=False)
 
 
 def capture_blocks(source: Source, batches: Sequence[Tensor]) -> Captured:

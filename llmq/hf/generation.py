@@ -1,17 +1,18 @@
-"""Greedy decoding with a static cache and one CUDA graph for each step: what a small step costs in Python is paid once.
+"""Greedy decoding with a static cache and one CUDA graph per step, so that the Python cost of a small step is paid once.
 
-    prefill   the model's forward over the prompt, eager, into a cache of a fixed length
-    step      token [B, 1] ──► forward ──► argmax ──► token; the position, the mask and what is written are tensors on the device
+    prefill   the model's forward over the prompt, eager, into a cache of fixed length
+    step      token [B, 1] ──► forward ──► argmax ──► token; position, mask and written tokens are tensors on the device
 
-A step reads nothing on the host and makes nothing out of host memory, so it can be captured once and replayed for every
-token; whether that holds is watched in a step beforehand (`host_traffic`), and where it does not, on a CPU, or where the model is
-spread over devices, the same step runs eagerly: the same tokens, without the gain. Every layer's cache is as long as the whole
-text: transformers' static cache for sliding windows counts on the host, while a mask over a full one gives the same.
+A step reads nothing on the host and makes no tensor from host memory, so it can be captured once and replayed for every
+token. `host_traffic` checks that on one step beforehand. Where it does not hold, on a CPU, and where the model is spread
+over several devices, the same step runs eagerly: the same tokens, without the speedup. Every layer's cache is as long as
+the whole text. transformers' static cache for sliding windows counts on the host, and a mask over a full cache gives the
+same result.
 
-The other way, transformers' `cache_implementation="static"` with torch.compile, works with packed linears too; it compiles
-for minutes what needs no compiling here, since the kernels are what matters and they are there.
+transformers' `cache_implementation="static"` with torch.compile works with packed linears too, but spends minutes
+compiling code around kernels that exist already.
 
-Left out: sampling, beams, processors of logits (a penalty for repetition, ...), assisted decoding: use `generate`.
+Left out: sampling, beams, logits processors (repetition penalty, ...), assisted decoding: use `generate`.
 """
 
 from __future__ import annotations
@@ -27,13 +28,23 @@ from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from llmq.errors import LlmqError
+from llmq.hf.text_decoder import text_decoder
 
-STEPS_BETWEEN_CHECKS = 16  # whether all sequences have ended is read on the host, which waits for the device
-# Settings of a generation config that change which token is the likeliest, and what says that they do nothing.
-FACTORS = ("repetition_penalty", "encoder_repetition_penalty", "guidance_scale", "num_beams")
-RULES = (
-    *("no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens"),
-    *("forced_bos_token_id", "forced_eos_token_id", "min_length", "min_new_tokens", "exponential_decay_length_penalty"),
+STEPS_BETWEEN_CHECKS = 16  # checking on the host whether all sequences have ended waits for the device
+# Settings of a generation config that change which token greedy decoding chooses. The first do nothing at 1, the others
+# at 0 or when empty; None switches each of them off.
+NEUTRAL_AT_ONE = ("repetition_penalty", "encoder_repetition_penalty", "guidance_scale", "num_beams")
+NEUTRAL_WHEN_EMPTY = (
+    "no_repeat_ngram_size",
+    "bad_words_ids",
+    "sequence_bias",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "min_length",
+    "min_new_tokens",
+    "exponential_decay_length_penalty",
 )
 
 
@@ -44,22 +55,23 @@ def generate_fast(
     attention_mask: Tensor | None = None,
     decoder: Decoder | None = None,
 ) -> Tensor:
-    """What `model.generate(input_ids, max_new_tokens=..., do_sample=False)` returns, decoded in a replayed graph on a GPU.
+    """`model.generate(input_ids, max_new_tokens=..., do_sample=False)`, with every step a replayed graph on a GPU.
 
-    input_ids: int64 [B, T]. attention_mask: [B, T], zeros where there is padding, which must be on the left.
-    decoder: one to use again, with its cache and graph (`Decoder`); by default one is made for this call.
-    Returns int64 [B, T + n], n <= max_new_tokens: it ends when every sequence has written an end-of-text token of the
-    generation config. A static cache sums otherwise than a growing one: of two tokens that are as likely within the rounding
-    of 16 bits, it may take the other.
-    Raises `LlmqError` for caches that are not plain attention's and settings that greedy decoding lacks.
+    input_ids: int64 [B, T]. attention_mask: [B, T], zeros for padding, which must be on the left.
+    decoder: a `Decoder` to reuse, with its cache and graph (default: a new one for this call).
+    Returns int64 [B, T + n] with n <= max_new_tokens: decoding ends when every sequence has written an end-of-text token
+    of the generation config. A static cache sums in another order than a growing one, so where the probabilities of two
+    tokens differ by less than 16-bit rounding, the other one may be chosen.
+    Raises `LlmqError` for cache layers other than plain attention's, and for settings that greedy decoding does not
+    support.
     """
     if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
-        found = str(input_ids.dtype) if isinstance(input_ids, Tensor) else type(input_ids).__name__
-        raise LlmqError(f"input_ids must be a tensor of whole numbers, int64 [B, T]; got {found}")
+        given = str(input_ids.dtype) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise LlmqError(f"input_ids must be an integer tensor, int64 [B, T]; got {given}")
     if input_ids.ndim != 2 or 0 in input_ids.shape:
-        raise LlmqError(f"input_ids must be [B, T], neither of them 0; got {list(input_ids.shape)}")
+        raise LlmqError(f"input_ids must be [B, T] with B and T at least 1; got {list(input_ids.shape)}")
     if not isinstance(max_new_tokens, int):
-        raise LlmqError(f"max_new_tokens must be a whole number; got {max_new_tokens!r}")
+        raise LlmqError(f"max_new_tokens must be an integer; got {max_new_tokens!r}")
     if max_new_tokens < 1:
         raise LlmqError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
     batch, length = input_ids.shape
@@ -71,7 +83,12 @@ def generate_fast(
 class Decoder:
     """A model with a cache for `batch` sequences of up to `length` tokens, and the graph of its decode step.
 
-    graph: None while nothing is captured. eager_because: why steps are not replayed; None where they are.
+    graph: the captured step; None until one is captured.
+    eager_because: why steps run eagerly; None if they are replayed.
+    token: int64 [B, 1], the last token of each sequence. position: int64 [B, 1], its position.
+    written: int64 [B, length], all new tokens. place: int64 [1], the column of `written` to write next.
+    mask: int64 [B, length], the attention mask over the whole text; passed to the model if `padded`.
+    ended: bool [B, 1], whether a sequence has written an end-of-text token.
     """
 
     def __init__(self, model: PreTrainedModel, batch: int, length: int) -> None:
@@ -100,22 +117,24 @@ class Decoder:
 
     @torch.inference_mode()
     def generate(self, input_ids: Tensor, max_new_tokens: int, attention_mask: Tensor | None = None) -> Tensor:
-        """As `generate_fast`. `LlmqError` for another batch size, or more tokens than there is room for."""
+        """As `generate_fast`. Raises `LlmqError` for another batch size, and for more tokens than the cache holds."""
         if len(input_ids) != self.batch or input_ids.shape[1] + max_new_tokens > self.length:
-            found = f"{len(input_ids)} of {input_ids.shape[1]} + {max_new_tokens}"
-            raise LlmqError(f"this decoder is for {self.batch} sequences of {self.length} tokens in all; got {found}")
+            given = f"{len(input_ids)} of {input_ids.shape[1]} + {max_new_tokens}"
+            raise LlmqError(
+                f"this decoder holds {self.batch} sequences of at most {self.length} tokens, prompt included; got {given}"
+            )
         self.prefill(input_ids, attention_mask)
-        left = max_new_tokens - 1
-        while left and not bool(self.ended.all()):
-            for _ in range(min(left, STEPS_BETWEEN_CHECKS)):
+        remaining = max_new_tokens - 1
+        while remaining and not bool(self.ended.all()):
+            for _ in range(min(remaining, STEPS_BETWEEN_CHECKS)):
                 self.step()
-                left -= 1
-        written = self.written[:, : max_new_tokens - left]
+                remaining -= 1
+        written = self.written[:, : max_new_tokens - remaining]
         return torch.cat((input_ids.to(self.device), written[:, : self._needed(written)]), 1)
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
-        """Read the prompt [B, T] into the cache and write the first token."""
+        """Run the prompt [B, T] into the cache and write the first new token."""
         length = input_ids.shape[1]
         self._set_mask(attention_mask, length)
         if self.graph is None and self.eager_because is None:
@@ -128,7 +147,7 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Write one token more for every sequence."""
+        """Write one more token for every sequence."""
         if self.graph is not None:
             self.graph.replay()
         else:
@@ -139,7 +158,7 @@ class Decoder:
         self.position.add_(1)
 
     def _advance(self, ids: Tensor, positions: Tensor, **arguments: Any) -> None:
-        """Run the model on ids [B, t] and take up what it says next."""
+        """Run the model on ids [B, t] and write the likeliest next token."""
         if "position_ids" in self.parameters:
             arguments["position_ids"] = positions
         if self.padded:
@@ -152,31 +171,34 @@ class Decoder:
         if self.ends:
             self.ended.logical_or_(torch.isin(chosen, self.end_ids))
 
-    def _set_mask(self, given: Tensor | None, length: int) -> None:
-        """The mask over the whole text; a model without positions of its own always gets one."""
+    def _set_mask(self, prompt_mask: Tensor | None, length: int) -> None:
+        """Fill the mask over the whole text. A model that takes no `position_ids` always gets it.
+
+        prompt_mask: that of the prompt, [B, length]; None without padding.
+        """
         padded = "position_ids" not in self.parameters
         self.mask.fill_(1)
-        if given is not None:
-            if given.shape != (self.batch, length) or not bool(given[:, -1].all()):
-                raise LlmqError(f"attention_mask must be {[self.batch, length]} with padding on the left alone")
-            if not bool(given.all()):
-                self.mask[:, :length] = given.to(self.mask)
+        if prompt_mask is not None:
+            if prompt_mask.shape != (self.batch, length) or not bool(prompt_mask[:, -1].all()):
+                raise LlmqError(f"attention_mask must be {[self.batch, length]} with padding on the left only")
+            if not bool(prompt_mask.all()):
+                self.mask[:, :length] = prompt_mask.to(self.mask)
                 padded = True
         if padded != self.padded:
             self.padded, self.graph = padded, None
 
     def _capture(self) -> None:
-        """Capture the step, after steps that make layouts, compile kernels and fill allocators."""
+        """Capture the step, after warm-up steps that make layouts, compile kernels and fill allocators."""
         self._rewind()
         self._advance(self.token, self.position)
-        found = host_traffic(self._from_start, self.device)
-        if found:
-            self.eager_because = f"a step of this model waits for the host ({', '.join(found)})"
+        operators = host_traffic(self._first_step, self.device)
+        if operators:
+            self.eager_because = f"a step of this model waits for the host ({', '.join(operators)})"
             return
         side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
-            self._from_start()
+            self._first_step()
         torch.cuda.current_stream(self.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device), torch.cuda.graph(graph):
@@ -184,17 +206,17 @@ class Decoder:
         self.graph = graph
 
     def _rewind(self) -> None:
-        """Nothing is read and nothing written."""
+        """Reset to the state before the prompt."""
         self.cache.reset()
         for state in (self.token, self.position, self.place, self.ended):
             state.zero_()
 
-    def _from_start(self) -> None:
+    def _first_step(self) -> None:
         self._rewind()
         self._step()
 
     def _needed(self, written: Tensor) -> int:
-        """Tokens until the last sequence has ended."""
+        """The number of columns until the last sequence has ended."""
         if not self.ends:
             return written.shape[1]
         ended = torch.isin(written, self.end_ids).int()
@@ -203,47 +225,54 @@ class Decoder:
 
 
 def static_cache(model: PreTrainedModel, length: int) -> StaticCache:
-    """A cache whose layers all hold `length` tokens and count them on the device. `LlmqError` for other kinds of layers."""
+    """A cache whose layers all hold `length` tokens and count them on the device.
+
+    Raises `LlmqError` for cache layers other than plain and sliding-window attention's.
+    """
     cache = StaticCache(config=model.config, max_cache_len=length)
     for index, layer in enumerate(cache.layers):
         if type(layer) not in (StaticLayer, StaticSlidingWindowLayer):
-            kind = type(layer).__name__
-            raise LlmqError(f"generate_fast is for plain attention; layer {index} caches in a {kind}: use generate")
+            raise LlmqError(
+                f"generate_fast supports attention caches only; layer {index} caches in a {type(layer).__name__}: "
+                "use generate"
+            )
         cache.layers[index] = StaticLayer(max_cache_len=length)
     return cache
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes operators that a captured graph may not have: reads of the device, and copies between it and the host."""
+class _HostTraffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records operators that a captured graph may not hold: reads of the device, and copies between it and the host."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.device, self.found = device, dict[str, None]()
+        self.device, self.operators = device, dict[str, None]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
         places = {x.device.type for x in (*args, result) if isinstance(x, Tensor)}
-        here = self.device.type in places
-        if here and (name in ("_local_scalar_dense", "nonzero", "lift_fresh", "equal") or _crosses(name, places)):
-            self.found[name] = None
+        on_device = self.device.type in places
+        if on_device and (name in ("_local_scalar_dense", "nonzero", "lift_fresh", "equal") or _crosses(name, places)):
+            self.operators[name] = None
         return result
 
 
 def _crosses(name: str, places: set[str]) -> bool:
+    """Whether an operator copies between devices."""
     return name in ("_to_copy", "copy_") and len(places) > 1
 
 
 def host_traffic(step: Callable[[], None], device: torch.device) -> tuple[str, ...]:
-    """Run a step; the operators in it that keep it from being captured, () where there are none."""
-    with _Watch(device) as watch:
+    """Run a step; returns the names of its operators that prevent capture, () if there are none."""
+    with _HostTraffic(device) as traffic:
         step()
-    return tuple(watch.found)
+    return tuple(traffic.operators)
 
 
 def _no_graph(model: PreTrainedModel, device: torch.device) -> str | None:
+    """Why no graph can be captured, before a step is tried; None if one may be."""
     if device.type != "cuda":
-        return f"CUDA graphs are for CUDA devices; the model is on {device.type}"
+        return f"CUDA graphs need a CUDA device; the model is on {device.type}"
     places = set((getattr(model, "hf_device_map", None) or {}).values())
     if len(places) > 1:
         return f"the model is spread over {', '.join(sorted(map(str, places)))}"
@@ -251,14 +280,15 @@ def _no_graph(model: PreTrainedModel, device: torch.device) -> str | None:
 
 
 def _refuse(model: PreTrainedModel, length: int) -> None:
+    """Raise `LlmqError` for settings that change greedy decoding, and for a text longer than the model's context."""
     settings = model.generation_config
-    asked = [name for name in FACTORS if getattr(settings, name, None) not in (None, 1)]
-    asked += [name for name in RULES if getattr(settings, name, None) not in (None, 0, [])]
-    if asked:
-        value = getattr(settings, asked[0])
+    active = [name for name in NEUTRAL_AT_ONE if getattr(settings, name, None) not in (None, 1)]
+    active += [name for name in NEUTRAL_WHEN_EMPTY if getattr(settings, name, None) not in (None, 0, [])]
+    if active:
+        value = getattr(settings, active[0])
         raise LlmqError(
-            f"generate_fast takes the likeliest token, and {asked[0]} is {value}: use generate, or set it to None"
+            f"generate_fast is greedy only, but generation_config.{active[0]} is {value}; unset it or use generate"
         )
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = getattr(text_decoder(model.config, model).config, "max_position_embeddings", None)
     if isinstance(context, int) and length > context:
-        raise LlmqError(f"prompt and new tokens must fit the model's context of {context}; got {length}")
+        raise LlmqError(f"prompt and new tokens must fit in the model's context of {context} tokens; got {length}")

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoTokenizer, TextStreamer
 
 from llmq.errors import LlmqError
-from llmq.hf.quantizer import load, stored_scheme
+from llmq.hf.quantizer import load, quantization_config_of
 from llmq.hf.source import open_source
 from llmq.hf.source_base import quiet
 
@@ -44,7 +44,7 @@ def _is_packed(source: Any, hub: dict[str, Any]) -> bool:
         return False
     try:
         with quiet():
-            return stored_scheme(source, **hub) is not None
+            return quantization_config_of(source, **hub) is not None
     except (OSError, ValueError):
         return False
 

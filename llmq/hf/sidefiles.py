@@ -1,8 +1,10 @@
-"""What lies beside the weights: config, generation config, tokenizer, chat template.
+"""Files next to the weights: config, generation config, tokenizer, chat template.
 
-From a folder, the tokenizer's files are copied as they are; one that came with a GGUF file, or from the caller, is
-written by `save_pretrained`. The config is the model's own with the new dtype and the `quantization_config`. Neither
-code nor any reference to code (`auto_map`) is ever carried over.
+The config is the model's own, with the new dtype and the `quantization_config`. The tokenizer's files are copied
+unchanged from a source folder; a tokenizer that comes from a GGUF file or from the caller is written by its
+`save_pretrained`. Code is never copied, and references to code (`auto_map`) are removed.
+
+Nothing here depends on quantized weights, so everything can be written, and can fail, before a block is quantized.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import copy
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from llmq.errors import LlmqError
 
+CONFIG = "config.json"
 GENERATION = "generation_config.json"
-# What a tokenizer is made of, as far as it is data: names and folders in which nothing else lies.
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# The data files of a tokenizer: names, and folders that hold nothing else.
 TOKENIZER_FILES = (
     "tokenizer*.json",
     "*.model",
@@ -36,93 +41,137 @@ _CODE = (".py", ".bin", ".so", ".pkl", ".pt", ".pth")
 
 
 class SideFiles:
-    """Where a source's tokenizer and generation config come from. The tokenizer is loaded when it is first asked for.
+    """Where the tokenizer and the generation config of a source come from. The tokenizer is loaded on first use.
 
-    folder: of the source, None for a loaded model. gguf_file: the file in it that holds the tokenizer.
-    tokenizer: one that the caller has already. name: a folder or repo id to look for one, for a loaded model.
+    Arguments:
+        folder: the folder of the source; None for a loaded model.
+        gguf_file: name of the GGUF file in `folder` that holds the tokenizer, if any.
+        tokenizer: a tokenizer that the caller already has.
+        name: a folder or repo id from which the tokenizer of a loaded model can be loaded.
     """
 
     def __init__(
         self, folder: Path | None = None, gguf_file: str | None = None, tokenizer: Any = None, name: str = ""
     ) -> None:
-        self._folder, self._gguf_file, self._tokenizer, self._name = folder, gguf_file, tokenizer, name
-        self._given = tokenizer is not None
-        self.notes: tuple[str, ...] = ()
+        self._folder, self._gguf_file, self._name = folder, gguf_file, name
+        self._tokenizer = tokenizer
+        self._failure: str | None = None  # why the tokenizer cannot be loaded, once that was tried
+        self._copied = folder if gguf_file is None and tokenizer is None else None  # copy the files of this folder
 
     def tokenizer(self) -> Any:
-        """Raises `LlmqError` with the reason where there is none."""
+        """The tokenizer. Raises `LlmqError` with the reason if there is none; the result is the same on every call."""
+        if self._failure is not None:
+            raise LlmqError(self._failure)
         if self._tokenizer is None:
-            self._tokenizer = self._load()
+            try:
+                self._tokenizer = self._load()
+            except LlmqError as error:
+                self._failure = str(error)
+                raise
         return self._tokenizer
 
-    def try_tokenizer(self) -> None:
-        """Load the tokenizer now, if there is one; that there is none is said when it is asked for."""
+    def load_tokenizer(self) -> None:
+        """Load the tokenizer now, if there is one."""
         try:
             self.tokenizer()
         except LlmqError:
             return
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Which files the checkpoint will lack, with the reason. This is known before anything is written."""
+        if self._copied is None:
+            self.load_tokenizer()
+        return () if self._failure is None or self._copied else (f"the checkpoint has no tokenizer: {self._failure}",)
+
     def write(
         self, folder: Path, model: PreTrainedModel, dtype: torch.dtype, quantization_config: Mapping[str, Any]
     ) -> None:
-        """Write everything into `folder`. A loaded model without a tokenizer gets a note instead of one."""
-        config = copy.deepcopy(model.config)
-        config.dtype = dtype
-        config.architectures = [type(model).__name__]
-        config.quantization_config = json.loads(json.dumps(quantization_config))
-        config.save_pretrained(folder)
-        _strip_code(folder / "config.json")
-        if self._folder is not None and (self._folder / GENERATION).is_file():
-            shutil.copyfile(self._folder / GENERATION, folder / GENERATION)
-        elif model.can_generate():
-            # to_json_file does not refuse settings that only generate() would: they are the source's, not ours
-            model.generation_config.to_json_file(folder / GENERATION)
-        if self._folder is not None and self._gguf_file is None and not self._given:
-            for file in tokenizer_files(self._folder):
-                _copy(file, folder / file.relative_to(self._folder))
-            return
-        try:
-            tokenizer = self.tokenizer()
-        except LlmqError as error:
-            self.notes += (f"no tokenizer was carried over: {error}",)
-            return
-        tokenizer.save_pretrained(folder)
+        """Write all side files into `folder`. The tokenizer is left out if there is none; `notes` says so.
+
+        model: only its config, its generation config and its class are used; weights may be on meta.
+        dtype: what config.json states. quantization_config: JSON values.
+        Raises `LlmqError` for what cannot be saved, and `OSError` for what cannot be written.
+        """
+        with _saving(CONFIG):
+            _write_config(folder / CONFIG, model, dtype, quantization_config)
+        with _saving(GENERATION):
+            if self._folder is not None and (self._folder / GENERATION).is_file():
+                shutil.copyfile(self._folder / GENERATION, folder / GENERATION)
+            elif model.can_generate():
+                # Unlike save_pretrained, to_json_file accepts settings that generate() would refuse. They are the source's.
+                model.generation_config.to_json_file(folder / GENERATION)
+        with _saving("the tokenizer"):
+            self._write_tokenizer(folder)
+
+    def _write_tokenizer(self, folder: Path) -> None:
+        if self._copied is not None:
+            for file in tokenizer_files(self._copied):
+                target = folder / file.relative_to(self._copied)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, target)
+        elif not self.notes:
+            self.tokenizer().save_pretrained(folder)
+        if (folder / TOKENIZER_CONFIG).is_file():
+            _strip_code(folder / TOKENIZER_CONFIG)
 
     def _load(self) -> Any:
         where: Path | str | None = self._folder or self._name or None
         if where is None:
-            raise LlmqError("the loaded model does not say where its tokenizer is: give it as `tokenizer`")
+            raise LlmqError(
+                "the loaded model does not say where its tokenizer is (name_or_path is empty); "
+                "save model and tokenizer to one folder and use that folder"
+            )
         extra = {"gguf_file": self._gguf_file} if self._gguf_file else {}
         try:
             return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **extra)
         except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()
             raise LlmqError(
-                f"{where} has no tokenizer that can be loaded ({reason[0] if reason else type(error).__name__}); "
-                "put its files (tokenizer.json, tokenizer_config.json) beside the weights"
+                f"{where} has no tokenizer that can be loaded ({_first_line(error)}); "
+                "put its files (tokenizer.json, tokenizer_config.json) next to the weights"
             ) from error
 
 
 def tokenizer_files(folder: Path) -> Iterator[Path]:
-    """The tokenizer's files in `folder`: regular files (a link to one counts), data only."""
+    """The tokenizer's files in `folder`: data only, and regular files only (a link to one counts)."""
     for pattern in TOKENIZER_FILES:
         for file in sorted(folder.glob(pattern)):
             if file.is_file() and file.suffix not in _CODE:
                 yield file
 
 
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(exist_ok=True)
-    shutil.copyfile(source, target)
-    if source.suffix == ".json" and source.name == "tokenizer_config.json":
-        _strip_code(target)
+def _write_config(
+    file: Path, model: PreTrainedModel, dtype: torch.dtype, quantization_config: Mapping[str, Any]
+) -> None:
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    config.architectures = [type(model).__name__]
+    config.quantization_config = json.loads(json.dumps(quantization_config))
+    config.save_pretrained(file.parent)
+    _strip_code(file)
+
+
+@contextmanager
+def _saving(what: str) -> Iterator[None]:
+    """Turn whatever a library raises in the body into an `LlmqError`, apart from `OSError`."""
+    try:
+        yield
+    except (LlmqError, OSError):
+        raise
+    except Exception as error:  # third-party configs and tokenizers raise anything
+        raise LlmqError(f"{what} of the source cannot be saved: {_first_line(error)}") from error
 
 
 def _strip_code(file: Path) -> None:
-    """Remove a reference to code from a JSON file; one without is left as it is, to the byte."""
+    """Remove a reference to code from a JSON file. A file without one is left unchanged."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise LlmqError(f"{file.name} of the source is not readable JSON: {error}") from None
+        raise LlmqError(f"{file.name} of the source is not readable JSON: {error}; repair or replace it") from None
     if isinstance(content, dict) and content.pop("auto_map", None) is not None:
         file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

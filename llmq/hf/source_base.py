@@ -1,9 +1,8 @@
-"""A model taken apart: what lies outside the decoder blocks, and the blocks, one at a time.
+"""A causal LM as the tensors outside its decoder blocks and the blocks, one at a time.
 
-`Source` is what the rest of the library sees, whatever the model came from. `model` always is a whole
-`PreTrainedModel` in structure; what of it holds data is decided by `load_outer`, `load_block` and `release_block`.
-Where data comes from is the business of the two kinds: `StreamedSource` (shards on disk) and `HeldSource` (a model in
-memory).
+The rest of the library sees only `Source`, whatever the origin of the model. `Source.model` always has the
+structure of the whole `PreTrainedModel`; `load_outer`, `load_block` and `release_block` decide which of its parameters
+hold data. There are two kinds: `FolderSource` reads the data from shards on disk, `InMemorySource` from a loaded model.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -23,19 +23,23 @@ from transformers.utils import logging as hf_logging
 from llmq.blocks.capture import find_blocks
 from llmq.checkpoint.staging import writing
 from llmq.errors import LlmqError
-from llmq.formats.compressed_tensors import TensorSpec
 from llmq.hf.sidefiles import SideFiles
-from llmq.hf.stored_names import Names, plan_names, stored_tensors
+from llmq.hf.stored_names import Names, Stored, plan_names, stored_tensors
 
 
 class Source(ABC):
-    """A causal LM to be quantized.
+    """A causal LM that is going to be quantized.
 
-    model: in eval mode; parameters that are not loaded are on meta (streamed) or still the caller's (held).
-    config: its config, with `dtype` set. dtype, device: of loaded parameters. streamed: whether blocks are read one at
-    a time. notes: what was not done as asked, for the report. description: where it came from.
-    files: where its weights are read from, if they are.
-    blocks_name: the dotted name of the list of decoder blocks; its length is `len(source)`.
+    Attributes:
+        model: the model, in eval mode. Parameters that are not loaded are on meta (`FolderSource`) or are still the
+            caller's own (`InMemorySource`).
+        config: the model's config, with `dtype` set.
+        dtype: the dtype of loaded parameters, apart from those that the architecture keeps in float32.
+        device: the device of loaded parameters.
+        streamed: whether blocks are read from disk one at a time.
+        description: where the model comes from, for the report.
+        files: the files and folders that its weights are read from; empty for a loaded model.
+        blocks_name: the dotted name of the list of decoder blocks. Its length is `len(source)`.
     """
 
     streamed: bool
@@ -65,15 +69,16 @@ class Source(ABC):
 
     @property
     def notes(self) -> tuple[str, ...]:
+        """What differs from what the caller may expect, for the report. It is the same before and after a run."""
         return (*self._notes, *self._side.notes)
 
     @abstractmethod
     def load_outer(self) -> None:
-        """Give every parameter and buffer outside the blocks its data, and every computed buffer its value."""
+        """Load every parameter and buffer outside the blocks, and compute the buffers that no file holds."""
 
     @abstractmethod
     def load_block(self, index: int) -> nn.Module:
-        """Block `index` with its data; the caller may change it. It stands in `model` until released."""
+        """Load block `index`. The caller may change it; it is part of `model` until it is released."""
 
     @abstractmethod
     def release_block(self, index: int) -> None:
@@ -83,35 +88,33 @@ class Source(ABC):
     def _dtypes(self) -> Mapping[str, torch.dtype]:
         """The dtype of every entry of the state dict once it is loaded."""
 
-    def tensor_plan(self) -> dict[str, tuple[str, TensorSpec]]:
-        """What `save_pretrained` would write, in its order, without data: name -> (parameter's name, dtype and shape).
-
-        The parameter's name is "" for a tensor that transformers computes from others (experts out of a fused tensor).
-        """
-        return dict(self._planned().plan)
+    def tensor_plan(self) -> tuple[Stored, ...]:
+        """What `save_pretrained` would write, in its order, without data."""
+        return tuple(self._planned().plan.values())
 
     def checkpoint_name(self, module_name: str) -> str:
         """The checkpoint's name for the linear `module_name`.
 
-        Raises `LlmqError` for one inside a block whose weight is stored in another form: it has no name of its own.
+        Raises `LlmqError` for a linear inside a block whose weight is stored merged or split: it has no name there.
         """
         weight = f"{module_name}.weight"
         stored = self._planned().renamed.get(weight)
         if stored is not None:
             return stored.removesuffix(".weight")
-        if self._part(weight) is not None:
+        if self._block_of(weight) is not None:
             raise LlmqError(
-                f"{weight} is stored merged or split, so that it cannot be quantized under a name of its own"
+                f"a linear must be stored under a name of its own to be quantized; {weight} is stored merged or split; "
+                "ignore it"
             )
         return module_name
 
     def outer_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Checkpoint names and tensors of what `load_outer` loaded; perhaps the caller's own: do not write to them."""
-        state = {name: tensor for name, tensor in self.model.state_dict().items() if self._part(name) is None}
+        """Checkpoint names and tensors of what `load_outer` loaded. They may be the caller's own: do not write to them."""
+        state = {name: tensor for name, tensor in self.model.state_dict().items() if self._block_of(name) is None}
         yield from stored_tensors(self.model, self._planned(), state)
 
     def block_tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
-        """Checkpoint names and tensors of a loaded block, as it stands."""
+        """Checkpoint names and current tensors of a loaded block. Raises `LlmqError` if it is not loaded."""
         prefix = f"{self.blocks_name}.{index}."
         state = {f"{prefix}{name}": tensor for name, tensor in self._blocks[index].state_dict().items()}
         if any(tensor.device.type == "meta" for tensor in state.values()):
@@ -119,24 +122,28 @@ class Source(ABC):
         yield from stored_tensors(self.model, self._planned(), state)
 
     def tokenizer(self) -> Any:
-        """The source's tokenizer. Raises `LlmqError` with the reason where there is none."""
+        """The source's tokenizer. Raises `LlmqError` with the reason if there is none."""
         return self._side.tokenizer()
 
     def write_side_files(self, folder: Path, quantization_config: Mapping[str, Any]) -> None:
-        """Write config, generation config, tokenizer and chat template into `folder`; never code, never weights."""
+        """Write config, generation config, tokenizer and chat template into `folder`; never code, never weights.
+
+        Needs no loaded parameters, so that a run can do this first. A missing tokenizer is left out (see `notes`).
+        Raises `LlmqError` for what cannot be saved or written.
+        """
         with writing(folder, 0):
             self._side.write(folder, self.model, self.dtype, quantization_config)
 
-    def _part(self, name: str) -> int | None:
-        """The block that a state-dict entry belongs to; None outside the blocks."""
+    def _block_of(self, name: str) -> int | None:
+        """The index of the block that an entry of the state dict belongs to; None outside the blocks."""
         prefix = f"{self.blocks_name}."
         return int(name[len(prefix) :].split(".", 1)[0]) if name.startswith(prefix) else None
 
     def _parts(self) -> list[list[str]]:
-        """All state-dict entries: those outside the blocks, then those of each block."""
+        """The entries of the state dict: first those outside the blocks, then those of each block."""
         parts: list[list[str]] = [[] for _ in range(1 + len(self._blocks))]
         for name in self.model.state_dict():
-            index = self._part(name)
+            index = self._block_of(name)
             parts[0 if index is None else 1 + index].append(name)
         return parts
 
@@ -146,21 +153,52 @@ class Source(ABC):
         return self._names
 
 
+class _HubOutput:
+    """The settings of transformers and huggingface_hub for progress bars and logging, which are global.
+
+    Several threads may want silence at once: the first one to come saves and changes the settings, the last one to
+    leave restores them.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._users = 0
+        self._saved = False, 0, False  # transformers' bars enabled, verbosity, the hub's bars enabled
+
+    def silence(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users > 1:
+                return
+            bars, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+            self._saved = bars, verbosity, not are_progress_bars_disabled()
+            hf_logging.disable_progress_bar()
+            hf_logging.set_verbosity_error()
+
+    def restore(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users:
+                return
+            bars, verbosity, hub_bars = self._saved
+            hf_logging.set_verbosity(verbosity)
+            if bars:
+                hf_logging.enable_progress_bar()  # enables the hub's bars, too, which may have been disabled
+                if not hub_bars:
+                    disable_progress_bars()
+
+
+_HUB_OUTPUT = _HubOutput()
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """While open, transformers shows no progress bars and logs errors only; its settings are put back."""
-    bars, verbosity, hub_bars = (
-        hf_logging.is_progress_bar_enabled(),
-        hf_logging.get_verbosity(),
-        not are_progress_bars_disabled(),
-    )
-    hf_logging.disable_progress_bar()
-    hf_logging.set_verbosity_error()
+    """transformers shows no progress bars and logs errors only inside. Its settings are restored at the end.
+
+    May be nested, and entered by several threads: the settings are restored when the last one leaves.
+    """
+    _HUB_OUTPUT.silence()
     try:
         yield
     finally:
-        hf_logging.set_verbosity(verbosity)
-        if bars:
-            hf_logging.enable_progress_bar()  # and the hub's with it, which may have been off
-            if not hub_bars:
-                disable_progress_bars()
+        _HUB_OUTPUT.restore()

@@ -1,12 +1,12 @@
-"""A model on disk, read one block at a time through transformers' own loading.
+"""A model on disk, read one block at a time through transformers' own loading code.
 
-The model is built on meta from its config. Every stored name is then routed, with transformers' renaming rules, to
-the part of the model that it feeds: outside the blocks, or one block. Loading a part reads those tensors and hands
-them to `convert_and_load_state_dict_in_model`, which renames, merges and casts exactly as `from_pretrained` does
-(modules that it keeps in float32 included). What can be wrong with a checkpoint is found from names and headers,
-before any of that.
+The model is built on meta from its config. transformers' renaming rules then determine, for every stored tensor, which part
+of the model it feeds: the part outside the blocks, or one block. Loading a part reads these tensors and passes them to
+`convert_and_load_state_dict_in_model`, which renames, merges and casts exactly as `from_pretrained` does (including the
+modules that stay in float32). A checkpoint that does not fit the model is refused from names and headers, before any
+data is read.
 
-Left out: parameters that transformers would fill with random numbers where a checkpoint lacks them; they are refused.
+Left out: parameters that the checkpoint lacks and that transformers would fill with random numbers. They are refused.
 """
 
 from __future__ import annotations
@@ -34,13 +34,17 @@ from llmq.errors import LlmqError
 from llmq.hf.sidefiles import SideFiles
 from llmq.hf.skeleton import build_skeleton, compute_buffers
 from llmq.hf.source_base import Source, quiet
-from llmq.names import some
+from llmq.names import first_names
 
 
 @dataclass(frozen=True)
 class Routes:
-    """feeds: stored name -> the state-dict entry that it becomes, or becomes part of. filled: all entries that are fed.
-    computed: stored names that are merged, split or reordered on the way, so that shapes differ.
+    """Which stored tensor becomes which entry of the model's state dict.
+
+    Fields:
+        feeds: stored name -> the entry that it becomes, or becomes a part of.
+        filled: all entries that stored tensors feed.
+        computed: stored names that are merged, split or reordered on loading, so that their shapes differ.
     """
 
     feeds: Mapping[str, str]
@@ -48,8 +52,8 @@ class Routes:
     computed: frozenset[str]
 
 
-class StreamedSource(Source):
-    """A checkpoint folder. See `Source` and the module."""
+class FolderSource(Source):
+    """A folder of safetensors. See `Source`."""
 
     streamed = True
 
@@ -71,19 +75,19 @@ class StreamedSource(Source):
         self._entries: dict[str, Tensor] = dict(model.state_dict())
         self._plan_dtypes = model._get_dtype_plan(dtype)
         routes = route(model, mapping, checkpoint)
-        # As `from_pretrained` leaves it: the conversions that this checkpoint needed, which the saving side undoes.
+        # As in `from_pretrained`: the conversions that this checkpoint needed. Saving reverses them.
         model._weight_conversions = [transform for transform in mapping if transform.was_used()]
-        _refuse_odd(checkpoint, routes, self._entries)
+        _refuse_misfits(checkpoint, routes, self._entries)
         repeated = self._repeated(routes)
         self._unfed = frozenset(set(self._entries) - routes.filled | repeated)
-        lacking = set(self._unfed)
+        missing = set(self._unfed)
         with quiet():
-            model.tie_weights(missing_keys=lacking, recompute_mapping=False)  # takes out of the set what it tied
-        self._refuse_lacking(lacking)
+            model.tie_weights(missing_keys=missing, recompute_mapping=False)  # removes from the set what it ties
+        self._refuse_missing(missing)
         self._keys: list[list[str]] = [[] for _ in range(1 + len(self))]
         for stored, name in routes.feeds.items():
             if name not in repeated:
-                index = self._part(name)
+                index = self._block_of(name)
                 self._keys[0 if index is None else 1 + index].append(stored)
         self._notes += _unused_note(model, checkpoint, routes)
         self._computed = False
@@ -112,7 +116,10 @@ class StreamedSource(Source):
         return {name: tensor.dtype for name, tensor in self._entries.items()}
 
     def _load(self, keys: Iterable[str], index: int | None) -> None:
-        """Read `keys` and let transformers convert them and put them into the model."""
+        """Read the stored tensors `keys` of one part and let transformers convert them and put them into the model.
+
+        index: of the block; None for the part outside the blocks.
+        """
         config = LoadStateDictConfig(
             device_map={"": self.device},
             dtype=self.dtype,
@@ -125,17 +132,18 @@ class StreamedSource(Source):
         self.model._weight_conversions = used
         for name, error in info.conversion_errors.items():
             raise LlmqError(f"{name} cannot be converted from {self._checkpoint.folder}: {str(error).splitlines()[-1]}")
-        for name, found, expected in info.mismatched_keys:
-            raise LlmqError(_mismatch(self._checkpoint, name, tuple(found), tuple(expected)))
-        absent = sorted(name for name in info.missing_keys - self._unfed if self._part(name) == index)
+        for name, stored, expected in info.mismatched_keys:
+            raise LlmqError(_mismatch(self._checkpoint, name, tuple(stored), tuple(expected)))
+        absent = sorted(name for name in info.missing_keys - self._unfed if self._block_of(name) == index)
         if absent:
-            raise LlmqError(f"{self._checkpoint.folder} gave no data for {absent[0]}")
+            raise LlmqError(f"{self._checkpoint.folder} has no data for {absent[0]}; download it again")
         for parameter in (self.model if index is None else self._blocks[index]).parameters():
             parameter.requires_grad_(False)
 
     def _repeated(self, routes: Routes) -> set[str]:
-        """Tied entries that the file holds twice, alike: they are tied and not loaded. Where they differ, as in
-        `from_pretrained`, they are not tied, whatever the config says.
+        """Tied entries that the checkpoint stores twice with equal values: they are tied and not loaded.
+
+        If the values differ, the entries are not tied, whatever the config says, as in `from_pretrained`.
         """
         repeated: set[str] = set()
         for target, source in list(self.model.all_tied_weights_keys.items()):
@@ -146,7 +154,9 @@ class StreamedSource(Source):
             else:
                 self.model.all_tied_weights_keys.pop(target)
                 self.config.tie_word_embeddings = False
-                self._notes += (f"config.json ties {target} to {source}, but they differ: they stay two",)
+                self._notes += (
+                    f"config.json ties {target} to {source}, but their stored values differ: they are not tied",
+                )
         return repeated
 
     def _equal(self, routes: Routes, first: str, second: str) -> bool:
@@ -156,29 +166,29 @@ class StreamedSource(Source):
         (a,), (b,) = (self._checkpoint.read(keys).values() for keys in stored.values())
         return a.shape == b.shape and torch.equal(a, b)
 
-    def _refuse_lacking(self, lacking: set[str]) -> None:
-        """Refuse a checkpoint without data for `lacking`, but for buffers that transformers computes then."""
+    def _refuse_missing(self, missing: set[str]) -> None:
+        """Raise if entries of the state dict have no data, other than buffers that transformers computes then."""
         ignored = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_missing or ()]
         buffers = {name for name, _ in self.model.named_buffers()}
         absent = sorted(
-            (name for name in lacking if name not in buffers or not any(p.search(name) for p in ignored)),
+            (name for name in missing if name not in buffers or not any(p.search(name) for p in ignored)),
             key=dot_natural_key,
         )
         if absent:
             raise LlmqError(
-                f"{self._checkpoint.folder} lacks {some(absent)}, which {type(self.model).__name__} needs; "
-                "give a whole causal language model"
+                f"{self._checkpoint.folder} lacks {first_names(absent)}, which {type(self.model).__name__} needs; "
+                "use a complete causal language model"
             )
 
 
 def route(model: PreTrainedModel, mapping: list[WeightRenaming | WeightConverter], checkpoint: Checkpoint) -> Routes:
-    """Which entry of the model every stored tensor feeds, by the rules of `convert_and_load_state_dict_in_model`."""
+    """Which entry of the state dict every stored tensor feeds, by the rules of `convert_and_load_state_dict_in_model`."""
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     of_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     state, prefix = model.state_dict(), model.base_model_prefix
     feeds, filled, computed = {}, set(), set()
-    # In this order: some renamings apply only once the first tensor of their kind has been met.
+    # The order matters: some renamings apply only after the first tensor of their kind.
     for stored in sorted(checkpoint.tensors, key=dot_natural_key):
         name, pattern = rename_source_key(stored, renamings, converters, prefix, state)
         if name not in state and stored in state:
@@ -194,26 +204,29 @@ def route(model: PreTrainedModel, mapping: list[WeightRenaming | WeightConverter
     return Routes(feeds, frozenset(filled), frozenset(computed))
 
 
-def _refuse_odd(checkpoint: Checkpoint, routes: Routes, entries: Mapping[str, Tensor]) -> None:
-    """Refuse shapes that the config does not imply, and weights that are no floats of two bytes or more."""
-    for stored, name in routes.feeds.items():
-        found, expected = checkpoint.tensors[stored], entries[name]
-        if expected.is_floating_point() and not (found.dtype.is_floating_point and found.dtype.itemsize > 1):
-            raise LlmqError(f"{stored} is {found.dtype}: the source is quantized already; give the original model")
-        if stored not in routes.computed and found.shape != tuple(expected.shape):
-            raise LlmqError(_mismatch(checkpoint, stored, found.shape, tuple(expected.shape)))
+def _refuse_misfits(checkpoint: Checkpoint, routes: Routes, entries: Mapping[str, Tensor]) -> None:
+    """Raise for shapes that do not follow from the config, and for weights that are not floats of at least two bytes."""
+    for key, name in routes.feeds.items():
+        stored, expected = checkpoint.tensors[key], entries[name]
+        if expected.is_floating_point() and not (stored.dtype.is_floating_point and stored.dtype.itemsize > 1):
+            raise LlmqError(f"{key} is {stored.dtype}: the source is quantized already; use the original model")
+        if key not in routes.computed and stored.shape != tuple(expected.shape):
+            raise LlmqError(_mismatch(checkpoint, key, stored.shape, tuple(expected.shape)))
 
 
-def _mismatch(checkpoint: Checkpoint, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    return f"{checkpoint.folder}: {name} is {list(found)}, and config.json implies {list(expected)}"
+def _mismatch(checkpoint: Checkpoint, name: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    return (
+        f"{checkpoint.folder}: {name} has shape {list(stored)}, but config.json implies {list(expected)}; "
+        "use weights and config.json of one model"
+    )
 
 
 def _unused_note(model: PreTrainedModel, checkpoint: Checkpoint, routes: Routes) -> tuple[str, ...]:
-    """A note on stored tensors that the model has no place for, but for those that transformers expects to ignore."""
-    # Old checkpoints hold these two, which are computed now.
+    """A note on stored tensors that the model does not use, other than those that transformers always ignores."""
+    # Old checkpoints store these two, which are computed now.
     ignored = [r"rotary_emb\.inv_freq", r"(^|\.)position_ids$", *(model._keys_to_ignore_on_load_unexpected or ())]
     pattern = re.compile("|".join(f"({each})" for each in ignored))
     unused = [name for name in checkpoint.tensors if name not in routes.feeds and not pattern.search(name)]
     if not unused:
         return ()
-    return (f"{len(unused)} stored tensors have no place in the model and are left out, such as {unused[0]}",)
+    return (f"{len(unused)} stored tensors are not part of the model and are left out, such as {unused[0]}",)

@@ -1,11 +1,11 @@
-"""A GGUF file as a model in memory: transformers' reader, made to read each file once and without its progress bar.
+"""A GGUF file as a model in memory. transformers' reader is made to parse each file once and to show no progress bar.
 
-That reader parses the file's header, vocabulary included, anew for the config, the weights and the tokenizer (three
-seconds each for 49,000 words), and builds the table of tensor names once per module of the model (five seconds for 30
-layers). Both are remembered while the file is being opened, and forgotten after.
+That reader parses the file's header, vocabulary included, once for the config, once for the weights and once for the
+tokenizer (three seconds each for 49,000 words), and builds the table of tensor names once per module of the model (five
+seconds for 30 layers). Both results are cached while a file is being opened, and dropped afterwards.
 
-Left out: streaming. The tensors of a GGUF file lie in another order and, for some architectures, in another form;
-transformers converts them all at once.
+Left out: streaming. The tensors of a GGUF file are in another order and, for some architectures, in another form;
+transformers converts all of them at once.
 """
 
 from __future__ import annotations
@@ -15,27 +15,30 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy
 import torch
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
-from transformers import modeling_gguf_pytorch_utils as reading
+from transformers import modeling_gguf_pytorch_utils as hf_gguf
 
 from llmq.errors import LlmqError
 from llmq.hf.sidefiles import SideFiles
 from llmq.hf.source_base import quiet
 
+_PATCHING = Lock()  # held while functions of other libraries are replaced
+
 
 def load_gguf(file: Path, dtype: torch.dtype, side: SideFiles) -> PreTrainedModel:
-    """The dequantized model in `file`, in `dtype`; the tokenizer of `side` is loaded too, where there is one.
+    """The dequantized model in `file`, in `dtype`. The tokenizer of `side` is loaded as well, if there is one.
 
-    Raises `LlmqError` with the reason where the file cannot be read.
+    Raises `LlmqError` with the reason if the file cannot be read.
     """
     if not file.is_file():
-        raise LlmqError(f"no such file: {file}")
+        raise LlmqError(f"no such file: {file}; use the path of an existing .gguf file")
     if importlib.util.find_spec("gguf") is None:
-        raise LlmqError(f"{file} needs the gguf package to be read: run `pip install gguf`")
+        raise LlmqError(f"reading {file} needs the gguf package, which is not installed; run `pip install gguf`")
     try:
         with quiet(), _read_once():
             model = AutoModelForCausalLM.from_pretrained(
@@ -46,8 +49,8 @@ def load_gguf(file: Path, dtype: torch.dtype, side: SideFiles) -> PreTrainedMode
                 local_files_only=True,
                 trust_remote_code=False,
             )
-            side.try_tokenizer()
-    except Exception as error:  # the reader raises what it likes on odd files
+            side.load_tokenizer()
+    except Exception as error:  # the reader raises anything on odd files
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise LlmqError(f"{file} is not a model that transformers reads from GGUF: {lines[0]}") from error
     model.hf_quantizer = None
@@ -58,18 +61,18 @@ def load_gguf(file: Path, dtype: torch.dtype, side: SideFiles) -> PreTrainedMode
 
 @contextmanager
 def _read_once() -> Iterator[None]:
-    """While open, no GGUF header is parsed twice."""
+    """No GGUF header is parsed twice inside. One thread at a time: the functions that are replaced are global."""
     import gguf
 
-    with ExitStack() as stack:
+    with _PATCHING, ExitStack() as stack:
         stack.enter_context(_replaced(gguf, "GGUFReader", lambda reader: functools.cache(_plain(reader))))
         stack.enter_context(_replaced(gguf, "get_tensor_name_map", functools.cache))
-        stack.enter_context(_replaced(reading, "tqdm", lambda bar: functools.partial(bar, disable=True)))
+        stack.enter_context(_replaced(hf_gguf, "tqdm", lambda bar: functools.partial(bar, disable=True)))
         yield
 
 
 def _plain(reader: Any) -> Any:
-    """The class `gguf.GGUFReader`, slicing a plain array: slices of a `numpy.memmap` cost it half of its time."""
+    """The class `gguf.GGUFReader`, but on a plain array: slicing a `numpy.memmap` takes half of the reader's time."""
 
     class PlainReader(reader):  # type: ignore[misc]
         def __setattr__(self, name: str, value: Any) -> None:
@@ -80,7 +83,7 @@ def _plain(reader: Any) -> Any:
 
 @contextmanager
 def _replaced(module: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None]:
-    """While open, `module.name` is a wrapped one, if there is one."""
+    """`module.name`, if there is one, is `wrap` of it inside."""
     original = getattr(module, name, None)
     if original is None:
         yield

@@ -1,9 +1,9 @@
-"""A model in memory, taken apart without changing it.
+"""A loaded model as a source, without changing it.
 
-The source works on a copy of the model's structure that shares the caller's tensors. Loading replaces them in the
-copy: outside the blocks by tensors in the right dtype and place (the caller's own, where those are right already;
-nothing writes to them), in a block by copies, which the caller of `load_block` may change. What is not a weight is
-copied with the structure, so settings of the copy (eval mode, config) are not the caller's.
+The source works on a copy of the model's structure that shares the caller's tensors. Loading replaces tensors of that
+copy. Outside the blocks it puts tensors of the right dtype and device (the caller's own if they already are right;
+nothing writes to them). In a block it puts copies, which the caller of `load_block` may change. Everything that is not
+a tensor is copied with the structure, so that eval mode and config changes do not reach the caller's model.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from llmq.hf.skeleton import build_skeleton
 from llmq.hf.source_base import Source, quiet
 
 
-class HeldSource(Source):
-    """A loaded model. See `Source` and the module."""
+class InMemorySource(Source):
+    """A loaded model. See `Source`."""
 
     streamed = False
 
@@ -42,39 +42,38 @@ class HeldSource(Source):
         shared.eval()
         shared.config.dtype = dtype
         super().__init__(shared, dtype, device, side, description, notes)
-        self._held = list(self._blocks)
+        self._originals = list(self._blocks)
         self._cast = _loaded_dtypes(shared, model.dtype, dtype)
 
     def load_outer(self) -> None:
-        done: dict[int, nn.Parameter] = {}  # tied parameters stay one object
+        moved: dict[int, nn.Parameter] = {}  # by id of the original, so that tied parameters stay one object
         for prefix, module in self.model.named_modules():
             if f"{prefix}.".startswith(f"{self.blocks_name}."):
                 continue
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    if id(parameter) not in done:
-                        done[id(parameter)] = self._moved(f"{prefix}.{name}".lstrip("."), parameter)
-                    module._parameters[name] = done[id(parameter)]
+                    if id(parameter) not in moved:
+                        moved[id(parameter)] = self._moved(f"{prefix}.{name}".lstrip("."), parameter)
+                    module._parameters[name] = moved[id(parameter)]
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     full = f"{prefix}.{name}".lstrip(".")
                     module._buffers[name] = buffer.to(self.device, self._cast.get(full, buffer.dtype))
 
     def load_block(self, index: int) -> nn.Module:
-        held, prefix = self._held[index], f"{self.blocks_name}.{index}"
+        original, prefix = self._originals[index], f"{self.blocks_name}.{index}"
         copies: dict[int, Tensor] = {}
-        for name, parameter in held.named_parameters():
-            made = self._moved(f"{prefix}.{name}", parameter, copied=True)
-            copies[id(parameter)] = made
-        for name, buffer in held.named_buffers():
-            kind = self._cast.get(f"{prefix}.{name}", buffer.dtype)
-            copies[id(buffer)] = buffer.detach().to(self.device, kind, copy=True)
-        block: nn.Module = copy.deepcopy(held, copies)
+        for name, parameter in original.named_parameters():
+            copies[id(parameter)] = self._moved(f"{prefix}.{name}", parameter, copied=True)
+        for name, buffer in original.named_buffers():
+            dtype = self._cast.get(f"{prefix}.{name}", buffer.dtype)
+            copies[id(buffer)] = buffer.detach().to(self.device, dtype, copy=True)
+        block: nn.Module = copy.deepcopy(original, copies)
         self._blocks[index] = block
         return block
 
     def release_block(self, index: int) -> None:
-        self._blocks[index] = self._held[index]
+        self._blocks[index] = self._originals[index]
 
     def _dtypes(self) -> Mapping[str, torch.dtype]:
         return self._cast
@@ -85,21 +84,21 @@ class HeldSource(Source):
 
 
 def _loaded_dtypes(model: PreTrainedModel, native: torch.dtype, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """What every parameter and buffer is cast to when the model goes from `native` to `dtype`.
+    """The dtype of every parameter and buffer after the model is cast from `native` to `dtype`.
 
-    That is what `from_pretrained` would load it in: some parameters of some models stay in float32. One that the class
-    does not make by itself is cast where it has the model's dtype.
+    It is the dtype in which `from_pretrained` would load it: some models keep some parameters in float32. A tensor that
+    the model's class does not create is cast if it has the model's dtype.
     """
     state = _tensors(model)
     if dtype == native:
         return {name: tensor.dtype for name, tensor in state.items()}
     with quiet():
         fresh = _tensors(build_skeleton(type(model)._from_config, copy.deepcopy(model.config), dtype))
-    found = {}
+    dtypes = {}
     for name, tensor in state.items():
         known = fresh.get(name)
-        found[name] = known.dtype if known is not None else dtype if tensor.dtype == native else tensor.dtype
-    return found
+        dtypes[name] = known.dtype if known is not None else dtype if tensor.dtype == native else tensor.dtype
+    return dtypes
 
 
 def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -109,10 +108,12 @@ def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 def _refuse_scattered(model: PreTrainedModel) -> None:
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         raise LlmqError(
-            "a loaded model must lie on one device; this one is spread out by a device_map: load it with one"
+            "a loaded model must be on one device; this one is spread over several by its device_map; "
+            "load it without device_map or use its folder"
         )
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if tensor.device.type == "meta":
             raise LlmqError(
-                f"a loaded model must have its weights in memory; {name} is on meta (offloaded or not loaded)"
+                f"a loaded model must have its weights in memory; {name} is on meta (offloaded or not loaded); "
+                "load it without offloading or use its folder"
             )

@@ -1,10 +1,12 @@
-"""The names under which `save_pretrained` would write a model's tensors, without any data.
+"""The names under which `save_pretrained` would write a model's tensors, found without any data.
 
-transformers renames and merges tensors while loading, and undoes that while saving. Its own reverse conversion is run
-here over tensors on meta: one that comes out as the same object was only renamed, one that does not is computed from
-one or several parameters (experts split out of a fused tensor, say). Tied weights are written once, under the name
-that transformers keeps. The reverse is run again, with data, for one part of the model at a time; that the parts
-together give the same names as the whole is checked beforehand.
+transformers renames and merges tensors when it loads them, and reverses that when it saves them. Its own reverse
+conversion is run here on meta tensors. A tensor that comes out as the same object was only renamed; any other was
+computed from one or several parameters (experts split out of a fused tensor, for example). Tied weights are written
+once, under the name that transformers keeps.
+
+Writing runs the reverse conversion again, with data, for one part of the model at a time. That the parts together give
+the same names as the whole model is checked beforehand.
 """
 
 from __future__ import annotations
@@ -19,24 +21,43 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from llmq.errors import LlmqError
-from llmq.formats.compressed_tensors import TensorSpec
+from llmq.formats.base import TensorSpec
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a checkpoint, known without its data.
+
+    Fields:
+        name: the tensor's name in the checkpoint.
+        parameter: the model's name of the parameter or buffer that it holds; None if it is computed from others.
+        spec: dtype and shape.
+    """
+
+    name: str
+    parameter: str | None
+    spec: TensorSpec
 
 
 @dataclass(frozen=True)
 class Names:
-    """plan: checkpoint name -> (name of the parameter or buffer, spec), in save order; the name is "" for a tensor that
-    is computed from others. renamed: parameter or buffer -> checkpoint name, of those that are not.
+    """How a model's parameters and buffers are named in its checkpoint.
+
+    Fields:
+        plan: every tensor that is written, by its checkpoint name, in the order of `save_pretrained`.
+        renamed: parameter or buffer -> checkpoint name, for those that are stored as they are.
     """
 
-    plan: Mapping[str, tuple[str, TensorSpec]]
+    plan: Mapping[str, Stored]
     renamed: Mapping[str, str]
 
 
 def plan_names(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype], parts: Sequence[Sequence[str]]) -> Names:
-    """The names of `model`'s state.
+    """The checkpoint names of everything in `model`'s state dict.
 
-    dtypes: that of every entry of the state dict, as it will be stored. parts: the entries, by part of the model.
-    Raises `LlmqError` where a stored tensor is computed from several parts, so that it cannot be written part by part.
+    dtypes: the dtype in which each entry of the state dict will be stored.
+    parts: the entries of the state dict, by part of the model that is written at a time.
+    Raises `LlmqError` if a stored tensor is computed from several parts, since it could not be written part by part.
     """
     state = model.state_dict()
     meta = {
@@ -46,21 +67,21 @@ def plan_names(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype], parts:
     }
     kept = remove_tied_weights_from_state_dict({name: state[name] for name in meta}, model)
     origin = {id(tensor): name for name, tensor in meta.items()}
-    plan: dict[str, tuple[str, TensorSpec]] = {}
+    plan: dict[str, Stored] = {}
     renamed: dict[str, str] = {}
     for stored, tensor in _reverted(model, meta).items():
-        name = origin.get(id(tensor), "")
-        if name:
+        name = origin.get(id(tensor))
+        if name is not None:
             renamed[name] = stored
-        if not name or name in kept:
-            plan[stored] = name, TensorSpec(tensor.dtype, tuple(tensor.shape))
-    computed = {stored for stored, (name, _) in plan.items() if not name}
+        if name is None or name in kept:
+            plan[stored] = Stored(stored, name, TensorSpec(tensor.dtype, tuple(tensor.shape)))
+    computed = {stored.name for stored in plan.values() if stored.parameter is None}
     _check_parts(model, meta, renamed, parts, computed)
     return Names(plan, renamed)
 
 
 def stored_tensors(model: PreTrainedModel, names: Names, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The checkpoint's names and tensors of one part of the model, given its entries of the state dict."""
+    """The checkpoint names and tensors of one part of the model. state: the part's entries of the state dict."""
     rest: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name not in names.renamed:
@@ -78,15 +99,19 @@ def _check_parts(
     parts: Sequence[Sequence[str]],
     computed: set[str],
 ) -> None:
+    """Raise unless the parts, converted one by one, give exactly the tensors `computed` by the whole model."""
     if not computed:
         return
-    found: set[str] = set()
+    by_parts: set[str] = set()
     for part in parts:
         rest = {name: meta[name] for name in part if name in meta and name not in renamed}
-        found.update(_reverted(model, rest) if rest else ())
-    if found != computed:
-        some = sorted(found ^ computed)[0]
-        raise LlmqError(f"{some} is stored in a form that spans several blocks, and cannot be written block by block")
+        by_parts.update(_reverted(model, rest) if rest else ())
+    if by_parts != computed:
+        name = sorted(by_parts ^ computed)[0]
+        raise LlmqError(
+            f"tensors must be stored block by block; {name} of {type(model).__name__} is computed from several blocks, "
+            "and such a model is not supported"
+        )
 
 
 def _reverted(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

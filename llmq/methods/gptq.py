@@ -6,17 +6,17 @@ layer on the calibration inputs changes least. Here
     scales first     found once per group from the original weights, weighted by the Hessian's diagonal; the feedback
                      then works against a fixed grid ("static groups"), so groups stay contiguous in memory whatever
                      order the columns are rounded in, and no g_idx is needed on disk
-    order            columns by falling diagonal of H (the "act-order" of the reference code)
+    order            columns by decreasing diagonal of H (the "act-order" of the reference code)
     factor           the paper's Cholesky factor of H^-1 (section 3.3, step 3), but from one Cholesky of H with the
                      columns reversed and one triangular inverse: H^-1 itself is never formed
     lazy updates     blocks of 128 columns; the remaining columns are updated once per block, in one product (step 2)
     layout           the weight is worked on transposed, [K, N], so that a column is contiguous and every row of the
                      weight is one lane
 
-A Hessian that is not numerically positive definite gets more damping in tenfold steps, then the same in float64, and
-each step is a note in the result; there is no fall-back to another method. Dead inputs (zero diagonal) take no part in
-the feedback and are rounded to nearest.
-Left out: re-fitting scales after rounding, and the cross term of GPTAQ.
+A Hessian that is not numerically positive definite gets ten and a hundred times the damping, then the same in float64. Each
+step is a note in the result; no other method is used instead. Dead inputs (zero diagonal) take no part in the feedback
+and are rounded to nearest.
+Left out: fitting scales again after rounding, and the cross term of GPTAQ.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ def gptq(weight: Tensor, statistics: Statistics | None, target: Target) -> Round
 
 
 def inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, tuple[str, ...]]:
-    """Upper triangular U with U^T U = (H' + damping * mean(diag H) * I)^-1, H' being H in `order`; and what it took.
+    """Upper triangular U with U^T U = (H' + damping * mean(diag H) * I)^-1, where H' is H in `order`; and notes.
 
-    hessian: symmetric float32 [K, K], not changed. Dead columns get the mean diagonal, which cuts them off from the rest.
+    hessian: symmetric float32 [K, K], not changed. Dead columns get the mean diagonal, which decouples them from the rest.
     Reversing rows and columns turns the lower Cholesky factor of H' into an upper A with A A^T = H'; then U = A^-1.
-    All of it happens in place: at the worst moment 1.5 K x K matrices are alive beside H.
+    Everything is done in place: at most 1.5 K x K matrices are in memory besides H.
     """
     diagonal = hessian.diagonal()
     dead = diagonal <= 0

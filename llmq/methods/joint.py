@@ -1,20 +1,21 @@
-"""Scales for rounding to nearest, chosen with the whole Hessian: each group's error against what the others leave.
+"""Scales for rounding to nearest, chosen with the whole Hessian by coordinate descent over the groups.
 
-The diagonal says how much one column's error costs alone. What a layer loses is tr(E H E^T), E the error of its rounded
-weight: errors of columns whose inputs go together add up or cancel. Starting from the scales of `llmq.methods.scales.search`
-(with every third ratio), groups are gone through in order, and each takes the scale near its own (`FACTORS`, both signs;
-three zero points where there are any) of least
+The Hessian's diagonal says what the error of one column costs by itself. A layer loses tr(E H E^T), where E is the error of
+its rounded weight: errors of columns with correlated inputs add up or cancel. Starting from the scales of
+`llmq.methods.scales.search` (with every third ratio), the groups are visited in order, and each takes the scale near its own
+(`FACTORS`, both signs; three zero points where there are any) with the least
 
     e H_gg e^T + 2 e r,     r = sum over the other groups h of e_h H_hg
 
-that is of least loss with all other groups as they are: a coordinate descent, which never gets worse. The codes are still
-the nearest ones of each scale; of 30 ways to round 64 weights, one leaves an error that the neighbours cancel.
+which is the loss with all other groups fixed, so it never increases. Codes are still the nearest ones for each scale: of 30
+ways to round 64 weights, one leaves an error that the other groups cancel.
 
-Output error of 16 linears of SmolLM2-135M in general position (4 bits), as a share of the diagonal search's, on the 6 windows
-fitted and on 6 others: g64 0.59, 0.66 (asymmetric 0.58, 0.66); g128 0.75, 0.83. Eleven factors in the place of fifteen: 0.60,
-0.67. All ratios of the diagonal's search: 0.59, 0.66, in half as much time again. A second sweep gains 5% more in twice the time.
-Not for GPTQ, which cancels errors by itself: on these scales its own error was 1 to 3% higher.
-Left out: groups wider than `WIDEST` columns (per channel), whose products would cost more than GPTQ; they keep the diagonal's.
+Output error of 16 linears of SmolLM2-135M in general position (4 bits), as a share of the diagonal search's, on the 6 fitted
+windows and on 6 others: g64 0.59, 0.66 (asymmetric 0.58, 0.66); g128 0.75, 0.83. With eleven factors instead of fifteen: 0.60,
+0.67. Starting from all ratios: 0.59, 0.66, in 1.5 times the time. A second sweep gains 5% more in twice the time.
+GPTQ cancels errors itself: on these scales its error was 1 to 3% higher, so it keeps the diagonal search.
+Left out: groups wider than `WIDEST` columns (per channel), whose products would cost more than GPTQ. They keep the scales of
+the diagonal search.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def search_jointly(
     weight: float32 [N, K]. hessian: float32 [K, K]. damping: share of its mean diagonal added to the diagonal.
     Returns scale [N, G] in `dtype` and zero uint8 [N, G], None when symmetric.
     """
-    if grid.per_tensor or grid.columns_per_group(weight.shape[1]) > WIDEST:
+    if grid.columns_per_group(weight.shape[1]) > WIDEST:
         return search(weight, grid, dtype, hessian.diagonal())
     scale, zero = search(weight, grid, dtype, hessian.diagonal(), STEP)
     added = damping * float(hessian.diagonal().mean())

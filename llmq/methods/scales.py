@@ -1,4 +1,4 @@
-"""How scales (and zero points) are chosen: from the range, or by search (what other tools call clipping).
+"""Choosing scales and zero points: from the range of the weights, or by search (other tools call it clipping).
 
 `minmax` covers each group's range exactly. `search` tries a grid of candidates per group and keeps the one with the
 least weighted squared error
@@ -12,14 +12,15 @@ to the storage dtype first, so what is compared is what is stored. All of them a
                  the sign against the largest weight is the signed full-range scale, 16/15 is the min-max scale
     asymmetric   the range [ratio * min, ratio * max], ratio from 1 down to 0.5, zero point nearest and one to each side
 
-Without data only ratios that clip next to nothing are tried (symmetric from 1.02 on, asymmetric from 0.97): the squared error
-of weights that are all held alike is lowest with some of the largest clipped, and a model is worse for it. Perplexity of
-RTN on SmolLM2-135M in general position (g64, bfloat16 scales): min-max 38.2, all ratios 39.7, from 1.02 on 33.7; min-max with
-float16 scales 37.4. With the Hessian's weights it is the other way round: from 0.84 on, KL of GPTQ 0.198; all, 0.184.
+Without data, only ratios that clip almost nothing are tried (symmetric above 1.02, asymmetric above 0.97). With all columns
+weighted alike, the squared error is lowest when some of the largest weights are clipped, and the model gets worse.
+Perplexity of RTN on SmolLM2-135M in general position (g64, bfloat16 scales): min-max 38.2, all ratios 39.7, above 1.02 33.7;
+min-max with float16 scales 37.4. With the Hessian's weights it is the other way round: KL of GPTQ with ratios above 0.84 is
+0.198, with all of them 0.184.
 
-How: groups go through in slabs of a few hundred kilobytes, so that the ~5 passes a candidate takes stay in the cache.
-Errors are measured in steps (t = w / scale, error = clamp(round(t)) - t), which lets both signs share division and
-rounding. Left out: gradient or closed-form refinement of the winner.
+Groups are processed in slabs of a few hundred kilobytes, so that the five or so passes per candidate stay in the cache. Errors
+are measured in steps (t = w / scale, error = clamp(round(t)) - t), so that both signs share one division and rounding.
+Left out: gradient or closed-form refinement of the best candidate.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ FitScales = Callable[[Tensor, Grid, torch.dtype, "Tensor | None"], tuple[Tensor,
 def minmax(
     weight: Tensor, grid: Grid, dtype: torch.dtype, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Scales that just cover each group's range; `importance` plays no part. See `llmq.core.grid.fit`."""
+    """Scales that just cover each group's range; `importance` is not used. See `llmq.core.grid.fit`."""
     return fit(weight, grid, dtype)
 
 
@@ -53,7 +54,7 @@ def search(
 ) -> tuple[Tensor, Tensor | None]:
     """The candidate of least weighted squared error in each group.
 
-    weight: [N, K] floating. importance: [K], not negative; None weighs all columns alike and clips next to nothing.
+    weight: [N, K] floating. importance: [K], not negative; None weights all columns alike and clips almost nothing.
     step: evaluate every `step`-th ratio.
     Returns scale [N, G] in `dtype` and zero uint8 [N, G], None when symmetric. Ties go to the earlier candidate.
     """
@@ -131,10 +132,11 @@ def _asymmetric(
 def clamped(
     codes: Tensor, steps: Tensor, nearest: Tensor | None, grid: Grid, out: Tensor
 ) -> Iterator[tuple[Tensor, int, Tensor | None]]:
-    """(error in steps, sign of the scale, zero point or None) of each range that steps = w / scale [.., g] may be held in.
+    """(error in steps, sign of the scale, zero point or None) of each candidate range for steps = w / scale [.., g].
 
-    codes: the steps rounded. nearest: float zero points [..], None where symmetric: then both signs of the scale, of which
-    each has one code more at another end; else the zero point and its neighbours. out: [.., g], overwritten by the next.
+    codes: the steps, rounded. nearest: float zero points [..]; None where symmetric. Symmetric candidates are both signs of
+    the scale, which have their extra code at opposite ends; asymmetric ones are the zero point and its two neighbours.
+    out: [.., g], overwritten by the next candidate.
     """
     if nearest is None:
         for sign, low in ((1, -grid.middle), (-1, 1 - grid.middle)):

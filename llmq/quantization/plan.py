@@ -1,4 +1,4 @@
-"""Which linears are quantized, and on which grid: decided before any weight is read.
+"""Which linears are quantized, and how: decided before any weight is read.
 
 Every linear inside the decoder blocks is quantized; the output head, and any linear outside the blocks, stays as it is.
 `--ignore` adds to that. A group size that does not divide one linear's inputs gives way there to the largest smaller of
@@ -11,41 +11,47 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from llmq.blocks.capture import find_blocks
 from llmq.blocks.topology import Group
 from llmq.config import FALLBACK_GROUP_SIZES, PER_CHANNEL, QuantConfig
 from llmq.core.grid import Grid
+from llmq.core.scheme import Scheme
 from llmq.errors import LlmqError
-from llmq.formats.compressed_tensors import matches
+from llmq.formats import DEFAULT_FORMAT
+from llmq.formats.base import Format, matches
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One linear to be quantized: its full module name, weight shape (N, K), grid, and why the grid is not the asked one."""
+    """One linear to be quantized."""
 
     name: str
+    """Its full module name."""
     shape: tuple[int, int]
-    grid: Grid
+    """Of its weight: (N, K)."""
+    scheme: Scheme
+    """How it is quantized."""
     note: str | None = None
+    """Why the group size is not the requested one; None where it is."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is quantized.
-
-    Fields:
-        linears: each linear to be quantized, by module name.
-        ignored: the names of all other linears.
-        blocks: the names of the decoder blocks.
-        groups: for each block, its linears to be quantized by the input that they share, in execution order.
-    """
+    """What is quantized, and in which format it is stored."""
 
     linears: dict[str, Planned]
+    """Linears to be quantized, by module name."""
     ignored: tuple[str, ...]
+    """The names of all other linears."""
     blocks: tuple[str, ...]
+    """The names of the decoder blocks."""
     groups: tuple[tuple[Group, ...], ...]
+    """For each block, its linears to be quantized by the input that they share, in execution order."""
+    format: Format
+    """The format of the checkpoint to be written."""
 
     def of_block(self, block: str) -> dict[str, Planned]:
         """The linears of one block, under their names inside it."""
@@ -57,11 +63,17 @@ Topology = Callable[[Mapping[str, Collection[str]]], Mapping[str, Sequence[Group
 """Names of blocks, and of the linears in each that must run exactly once -> all linears of each block, by shared input."""
 
 
-def make_plan(model: nn.Module, config: QuantConfig, topology: Topology) -> Plan:
+def make_plan(
+    model: nn.Module,
+    config: QuantConfig,
+    dtype: torch.dtype,
+    topology: Topology,
+    output_format: Format = DEFAULT_FORMAT,
+) -> Plan:
     """The plan for a model, whose parameters may be on meta.
 
-    topology: finds which linears share an input, by running the model (`llmq.blocks.topology`). It is called once all that
-    names and shapes can rule out is refused.
+    dtype: the model's; the format chooses that of the scales from it. topology: finds which linears share an input, by
+    running the model (`llmq.blocks.topology`); it is called once all that names and shapes can rule out is refused.
     Raises `LlmqError` for what cannot be done.
     """
     prefix, blocks = find_blocks(model)
@@ -76,11 +88,11 @@ def make_plan(model: nn.Module, config: QuantConfig, topology: Topology) -> Plan
     chosen = {name: (m.out_features, m.in_features) for name, m in inside.items() if name not in kept}
     if not chosen:
         raise LlmqError(f"--ignore {' '.join(config.ignore)} leaves no linear to quantize")
-    linears = _with_grids(chosen, config)
+    linears = _with_schemes(chosen, config, output_format, output_format.scale_dtype(dtype))
     inner = {block: [n.removeprefix(f"{block}.") for n in linears if n.startswith(f"{block}.")] for block in names}
     found = topology({block: inside for block, inside in inner.items() if inside})
     groups = tuple(_planned_groups(block, found.get(block, ()), inner[block]) for block in names)
-    return Plan(linears, tuple(name for name in all_linears if name not in linears), names, groups)
+    return Plan(linears, tuple(name for name in all_linears if name not in linears), names, groups, output_format)
 
 
 def _planned_groups(block: str, groups: Sequence[Group], planned: Collection[str]) -> tuple[Group, ...]:
@@ -134,7 +146,9 @@ def _ignored(linears: dict[str, nn.Linear], patterns: Sequence[str]) -> set[str]
     return found
 
 
-def _with_grids(shapes: dict[str, tuple[int, int]], config: QuantConfig) -> dict[str, Planned]:
+def _with_schemes(
+    shapes: dict[str, tuple[int, int]], config: QuantConfig, output_format: Format, scale_dtype: torch.dtype
+) -> dict[str, Planned]:
     size = config.group_size
     widths = sorted({columns for _, columns in shapes.values()})
     if size != PER_CHANNEL and all(columns % size for columns in widths):
@@ -144,16 +158,22 @@ def _with_grids(shapes: dict[str, tuple[int, int]], config: QuantConfig) -> dict
             f"group_size must divide the in_features of some linear: this model has "
             f"{' and '.join(map(str, widths))}, group_size is {size}; {remedy}"
         )
-    return {name: _planned(name, shape, config) for name, shape in shapes.items()}
+    planned = {}
+    for name, shape in shapes.items():
+        grid, note = _grid(shape[1], config)
+        scheme = Scheme(grid, None, scale_dtype)
+        output_format.require(scheme)
+        planned[name] = Planned(name, shape, scheme, note)
+    return planned
 
 
-def _planned(name: str, shape: tuple[int, int], config: QuantConfig) -> Planned:
-    size, columns = config.group_size, shape[1]
+def _grid(columns: int, config: QuantConfig) -> tuple[Grid, str | None]:
+    """The grid of a weight with that many columns, and a note where the requested group size does not divide them."""
+    size = config.group_size
     if size == PER_CHANNEL:
-        return Planned(name, shape, Grid(config.bits, None, config.symmetric))
+        return Grid(config.bits, None, config.symmetric), None
     if columns % size == 0:
-        return Planned(name, shape, Grid(config.bits, size, config.symmetric))
+        return Grid(config.bits, size, config.symmetric), None
     smaller = next((g for g in FALLBACK_GROUP_SIZES if g < size and columns % g == 0), None)
     how = f"groups of {smaller}" if smaller else "one scale per channel"
-    note = f"{size} does not divide {columns}: {how}"
-    return Planned(name, shape, Grid(config.bits, smaller, config.symmetric), note)
+    return Grid(config.bits, smaller, config.symmetric), f"{size} does not divide {columns}: {how}"

@@ -9,16 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from llmq.blocks.statistics import Statistics
-from llmq.config import QuantConfig, method
+from llmq.config import QuantConfig, method, resolve
 from llmq.core.grid import clipped_share
 from llmq.core.quantized import QuantizedWeight
 from llmq.errors import LlmqError
-from llmq.methods import rounding
 from llmq.methods.base import Rounding, Target, output_errors, sampled_rows
 from llmq.methods.rtn import rtn
 from llmq.quantization.holdout import holdout_ratio, without_held_out
 from llmq.quantization.plan import Planned
-from llmq.transforms import transform
 from llmq.transforms.base import Transform
 
 
@@ -66,7 +64,6 @@ class Recipe:
         calibrated: whether statistics of inputs are needed.
         scales: `minmax` or `search`.
         damping: share of the mean diagonal added to a Hessian's diagonal.
-        dtype: the dtype in which scales are stored.
     """
 
     transform: Transform | None
@@ -74,24 +71,22 @@ class Recipe:
     calibrated: bool
     scales: str
     damping: float
-    dtype: torch.dtype
 
     @staticmethod
-    def of(config: QuantConfig, dtype: torch.dtype) -> Recipe:
-        """The recipe of a configuration, for scales stored in `dtype`."""
+    def of(config: QuantConfig) -> Recipe:
+        """The recipe of a configuration."""
         row = method(config.method)
         return Recipe(
-            transform=None if row.transform is None else transform(row.transform),
-            rounding=rounding(row.rounding),
+            transform=None if row.transform is None else resolve(row.transform),
+            rounding=resolve(row.rounding),
             calibrated=row.calibrated,
             scales=config.scales or row.default_scales,
             damping=config.damping,
-            dtype=dtype,
         )
 
     def target(self, planned: Planned) -> Target:
         """What a linear is rounded to."""
-        return Target(planned.grid, self.dtype, self.scales, self.damping)
+        return Target(planned.scheme.weight, planned.scheme.scale_dtype, self.scales, self.damping)
 
 
 def round_group(
@@ -139,7 +134,7 @@ def _report_of(
         name=planned.name,
         shape=planned.shape,
         bits=quantized.bits,
-        group_size=planned.grid.group_size,
+        group_size=planned.scheme.weight.group_size,
         error=error,
         rtn_error=rtn_error,
         saturated=_saturated_share(quantized),

@@ -1,6 +1,6 @@
-"""What a run will write and need, computed from names, shapes and dtypes: `--dry-run`, and the writer's plan.
+"""What a run will write and how much memory it needs, computed from names, shapes and dtypes, for `--dry-run` and the writer.
 
-Predicted peak memory is the sum of what is alive at the worst moment, each part named:
+The predicted peak is the sum of what is in memory at the worst moment:
 
     process       this process as it stands, libraries loaded
     outer         embeddings, final norm, output head
@@ -11,13 +11,13 @@ Predicted peak memory is the sum of what is alive at the worst moment, each part
     suspended     what suspended forwards hold inside the block, where that fits (`llmq.blocks.replay`)
     probe         with a transform: the float64 copy of a block that pairs are found on
 
-or, where the model writes its own calibration text and that needs more: the process, the whole model, the cache of the
-windows that it writes at a time, and their logits.
+If the model generates its own calibration text and that needs more, the peak is: the process, the whole model, the key/value
+cache of the windows generated at a time, and their logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -26,11 +26,23 @@ from torch import nn
 
 from llmq.blocks.replay import SHARE_OF_MEMORY, elements_per_batch
 from llmq.config import QuantConfig, method
-from llmq.formats import compressed_tensors as ct
-from llmq.formats.compressed_tensors import TensorSpec
+from llmq.formats.base import TensorSpec
 from llmq.memory import available_bytes, peak_rss_bytes
 from llmq.quantization.holdout import is_undersampled
 from llmq.quantization.plan import Plan, Planned
+
+
+class StoredTensor(Protocol):
+    """One tensor of a source: its name in the files, the parameter that it is (None for a computed one), and its spec."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def parameter(self) -> str | None: ...
+
+    @property
+    def spec(self) -> TensorSpec: ...
 
 
 class Sized(Protocol):
@@ -45,7 +57,7 @@ class Sized(Protocol):
 
     def __len__(self) -> int: ...
 
-    def tensor_plan(self) -> Mapping[str, tuple[str, TensorSpec]]: ...
+    def tensor_plan(self) -> Sequence[StoredTensor]: ...
 
 
 @dataclass(frozen=True)
@@ -83,35 +95,38 @@ class Preview:
 def planned_specs(source: Sized, plan: Plan) -> dict[str, TensorSpec]:
     """Every tensor of the checkpoint to be written, in the order of the source's own."""
     specs: dict[str, TensorSpec] = {}
-    for name, (module_name, spec) in source.tensor_plan().items():
-        specs.update(_becomes(name, spec, _planned(module_name, plan), source.dtype))
+    for stored in source.tensor_plan():
+        specs.update(_becomes(stored, plan))
     return specs
 
 
-def _planned(parameter: str, plan: Plan) -> Planned | None:
+def _planned(parameter: str | None, plan: Plan) -> Planned | None:
     """The plan of the linear whose weight `parameter` is; None for any other tensor."""
-    return plan.linears.get(parameter.removesuffix(".weight")) if parameter.endswith(".weight") else None
+    if parameter is None or not parameter.endswith(".weight"):
+        return None
+    return plan.linears.get(parameter.removesuffix(".weight"))
 
 
-def _becomes(name: str, spec: TensorSpec, planned: Planned | None, dtype: torch.dtype) -> Mapping[str, TensorSpec]:
+def _becomes(stored: StoredTensor, plan: Plan) -> Mapping[str, TensorSpec]:
+    """What is written for a tensor of the source."""
+    planned = _planned(stored.parameter, plan)
     if planned is None:
-        return {name: spec}
-    local = ct.specs(planned.shape, planned.grid, dtype)
-    return {f"{name.removesuffix('weight')}{suffix}": stored for suffix, stored in local.items()}
+        return {stored.name: stored.spec}
+    local = plan.format.specs(planned.shape, planned.scheme)
+    return {f"{stored.name.removesuffix('weight')}{suffix}": spec for suffix, spec in local.items()}
 
 
 def make_preview(source: Sized, plan: Plan, config: QuantConfig, windows: int, length: int) -> Preview:
     """The preview of a run over `windows` calibration windows of `length` tokens."""
     rows = []
-    for name, (module_name, spec) in source.tensor_plan().items():
-        planned = _planned(module_name, plan)
-        stored = _becomes(name, spec, planned, source.dtype)
-        becomes = str(spec.dtype).removeprefix("torch.")
+    for tensor in source.tensor_plan():
+        planned, written = _planned(tensor.parameter, plan), _becomes(tensor, plan)
+        becomes = str(tensor.spec.dtype).removeprefix("torch.")
         if planned is not None:
-            becomes = f"int{planned.grid.bits} " + (
-                f"g{planned.grid.group_size}" if planned.grid.group_size else "channel"
-            )
-        rows.append(PreviewRow(name, spec.shape, spec.nbytes, sum(s.nbytes for s in stored.values()), becomes))
+            grid = planned.scheme.weight
+            becomes = f"int{grid.bits} " + (f"g{grid.group_size}" if grid.group_size else "channel")
+        after = sum(spec.nbytes for spec in written.values())
+        rows.append(PreviewRow(tensor.name, tensor.spec.shape, tensor.spec.nbytes, after, becomes))
     notes = [f"{row.name}: {row.note}" for row in plan.linears.values() if row.note]
     return Preview(tuple(rows), _memory(source, plan, config, windows, length), (*source.notes, *notes))
 

@@ -1,1 +1,1 @@
-"""Modules whose weights stay packed, and which kernel runs them."""
+"""Modules whose weights stay packed, and the choice of the kernel that runs them."""

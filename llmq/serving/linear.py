@@ -1,16 +1,16 @@
 """`QuantLinear`: a linear whose weight stays packed, in memory as on disk.
 
-State is the on-disk tensors under their on-disk names (`llmq.formats.compressed_tensors`), so `save_pretrained` writes
-them as they are. Scales keep their stored dtype whatever the module is cast to; a bias follows.
+Its state is the on-disk tensors under their on-disk names (`llmq.formats.IN_MEMORY`), so `save_pretrained` writes them
+unchanged. Casting the module casts the bias but never the scales.
 
-What a kernel makes of the stored tensors (its runtime layout) is a cache: never in a state dict, a copy or a pickle,
-dropped when the module moves, casts or loads, made by `ready` or the first forward that needs it. It holds on to the
-tensors that it was made of, and is made anew when they are others; one that is written to in place, from outside, is not
-noticed. Weights that are offloaded (`streamed`) get no such cache: it would hold in memory what was put away. A compiled
-forward uses the layouts that are there and makes none, since a traced one would be made in every call.
+A kernel's runtime layout of the stored tensors is a cache. `ready`, or the first forward that needs it, makes it. It is
+never part of a state dict, a copy or a pickle, and moving, casting or loading the module drops it. The cache keeps a
+reference to the tensors that it was made from and is rebuilt when the module holds others; an in-place write to one of
+them from outside is not noticed. Offloaded weights get no cache, which would keep in memory what was put away. A compiled
+forward uses layouts that exist and makes none, since a traced one would be made again in every call.
 
-Not an `nn.Linear`: transformers initializes the `weight` of those by name.
-Left out: gradients of the weight; those of the input flow.
+It is not an `nn.Linear`, because transformers initializes the `weight` of those by name.
+Left out: gradients of the weight. Gradients of the input flow.
 """
 
 from __future__ import annotations
@@ -23,32 +23,39 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from llmq.core.grid import Grid
 from llmq.core.quantized import QuantizedWeight
+from llmq.core.scheme import Scheme, scheme_of
 from llmq.errors import LlmqError
-from llmq.formats import compressed_tensors as ct
+from llmq.formats import IN_MEMORY
 from llmq.kernels.problem import Kernel, Packed, Problem
 from llmq.kernels.registry import Choice, Step, choose, steps
 
 
-class Together(Protocol):
-    """Linears that read one input and are run as one: see `llmq.serving.fused`."""
+class Fusion(Protocol):
+    """Linears that read the same input and run as one matmul: see `llmq.serving.fused`."""
 
-    def output(self, place: int, x: Tensor) -> Tensor | None:
-        """y for x of the linear at `place` among them; None where it must compute by itself."""
+    def output(self, position: int, x: Tensor) -> Tensor | None:
+        """y of the linear at `position` for x; None if that linear must run alone."""
 
-    def forget(self) -> None:
-        """Drop what was made of the members' tensors."""
+    def drop_caches(self) -> None:
+        """Drop everything that was computed from the members' tensors."""
 
 
 class QuantLinear(nn.Module):
-    """y = x @ dequantized(weight)^T + bias. x: [..., in_features], floating; y: [..., out_features] in x's dtype, or
-    autocast's.
+    """y = x @ dequantize(weight)^T + bias, with the weight packed.
 
-    grid: bits, group size, symmetry. dtype: of the scales. bias: its dtype, None for no bias. kernel: force one of
-    `llmq.kernels.registry` by name; `LlmqError` with all reasons at the first forward that it cannot run.
-    streamed: whether the tensors are brought in for each forward and taken away after.
-    together, place: the linears that this one is run with, and which of them it is: set by `llmq.serving.fused.join`.
+    x: [..., in_features], floating. y: [..., out_features], in x's dtype or autocast's.
+
+    scheme: the weight's grid and the dtype of its scales.
+    bias: the dtype of the bias; None for no bias.
+    kernel: the name of the only kernel to use (`llmq.kernels.registry`). The first forward that it cannot run raises
+        `LlmqError` with all reasons.
+
+    offloaded: whether the tensors are brought in for each forward and taken away afterwards.
+    fusion, position: the linears that this one is fused with, and its index among them; set by
+        `llmq.serving.fused.fuse_linears`.
+
+    Raises `LlmqError` for a scheme that quantizes activations or that the in-memory format refuses.
     """
 
     weight_packed: nn.Parameter
@@ -60,155 +67,163 @@ class QuantLinear(nn.Module):
         self,
         in_features: int,
         out_features: int,
-        grid: Grid,
-        dtype: torch.dtype,
+        scheme: Scheme,
         bias: torch.dtype | None = None,
         kernel: str | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.grid, self.kernel = in_features, out_features, grid, kernel
-        self.streamed = False
-        self.together: Together | None = None
-        self.place = 0
-        for name, spec in ct.specs((out_features, in_features), grid, dtype).items():
+        if scheme.activation is not None:
+            raise LlmqError(
+                f"QuantLinear runs weight-only schemes; this one quantizes activations: {scheme.activation}"
+            )
+        self.in_features, self.out_features, self.scheme, self.kernel = in_features, out_features, scheme, kernel
+        self.offloaded = False
+        self.fusion: Fusion | None = None
+        self.position = 0
+        for name, spec in IN_MEMORY.specs((out_features, in_features), scheme).items():
             self.register_parameter(name, _parameter(torch.empty(spec.shape, dtype=spec.dtype, device=device)))
-        kept = None if bias is None else _parameter(torch.empty(out_features, dtype=bias, device=device))
-        self.register_parameter("bias", kept)
-        self._forget()
+        own_bias = None if bias is None else _parameter(torch.empty(out_features, dtype=bias, device=device))
+        self.register_parameter("bias", own_bias)
+        self._drop_caches()
 
     @classmethod
     def from_quantized(
         cls, weight: QuantizedWeight, bias: Tensor | None = None, kernel: str | None = None
     ) -> QuantLinear:
-        """The linear of a quantized weight, on its device. `LlmqError` for scales per tensor, which are not stored."""
+        """The linear of a quantized weight, on its device. Raises `LlmqError` for a scheme that cannot be stored."""
         rows, columns = weight.shape
-        size = None if weight.group_size == columns else weight.group_size
-        grid = Grid(weight.bits, size, weight.symmetric)
-        made = cls(columns, rows, grid, weight.scale.dtype, None if bias is None else bias.dtype, kernel, "meta")
-        for name, tensor in ct.encode(weight).items():
-            setattr(made, name, _parameter(tensor))
+        linear = cls(columns, rows, scheme_of(weight), None if bias is None else bias.dtype, kernel, "meta")
+        for name, tensor in IN_MEMORY.encode(weight).items():
+            setattr(linear, name, _parameter(tensor))
         if bias is not None:
-            made.bias = _parameter(bias.detach())
-        return made
+            linear.bias = _parameter(bias.detach())
+        return linear
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
-            raise LlmqError(f"the input must end in {self.in_features} features; got {list(x.shape)}")
-        if self.together is not None:
-            y = self.together.output(self.place, x)
+            raise LlmqError(f"the last dimension of the input must be {self.in_features}; got {list(x.shape)}")
+        if self.fusion is not None:
+            y = self.fusion.output(self.position, x)
             if y is not None:
                 return y
         return self._run(x)
 
     def _run(self, x: Tensor) -> Tensor:
-        x = under_autocast(x)
-        return self._through(self._kernel_for(x), x)
+        """y for x, without fusion."""
+        x = cast_by_autocast(x)
+        return self._run_kernel(self._kernel_for(x), x)
 
-    def _through(self, kernel: Kernel, x: Tensor) -> Tensor:
+    def _run_kernel(self, kernel: Kernel, x: Tensor) -> Tensor:
         flat = x if x.ndim == 2 else x.reshape(-1, self.in_features)  # [M, K]
         y = kernel.run(flat, self._layout(kernel), self._bias(x.dtype))
         return y if x.ndim == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def ready(self, dtype: torch.dtype, rows: int = 1) -> None:
-        """Make now the layout that a forward of this linear alone with `rows` rows of x in `dtype` needs, so that a compiled
-        one finds it.
+        """Make the layout for forwards of this linear alone with `rows` rows of x in `dtype`.
+
+        Call it before compiling: a compiled forward uses only layouts that exist.
         """
         self._layout(self._kernel(dtype, rows, self.device))
 
     @property
     def device(self) -> torch.device:
-        """Where the weight is."""
+        """The device of the weight."""
         device: torch.device = self._stored()[0].device  # type: ignore[union-attr]
         return device
 
     def problem(self, dtype: torch.dtype) -> Problem:
-        """What a kernel is asked to do for x of `dtype`."""
+        """The matmul that a kernel must run for x of `dtype`."""
         return Problem(
             rows=self.out_features,
             columns=self.in_features,
-            bits=self.grid.bits,
-            group_size=self.grid.columns_per_group(self.in_features),
-            symmetric=self.grid.symmetric,
+            bits=self.scheme.weight.bits,
+            group_size=self.scheme.weight.columns_per_group(self.in_features),
+            symmetric=self.scheme.weight.symmetric,
             scale_dtype=self.weight_scale.dtype,
             dtype=dtype,
             device=self.device.type,
-            streamed=self.streamed,
+            streamed=self.offloaded,
         )
 
     def choice(self, dtype: torch.dtype, rows: int) -> Choice:
-        """The kernel that `rows` rows of x in `dtype` are run with, and why not the others."""
+        """The kernel that runs `rows` rows of x in `dtype`, and why the others do not."""
         return choose(self.problem(dtype), rows, self.kernel)
 
     def quantized_weight(self) -> QuantizedWeight:
-        """The weight as codes, scales and zero points. `LlmqError` where the stored tensors contradict each other."""
-        tensors = {name: getattr(self, name).data for name in ct.SUFFIXES if hasattr(self, name)}
-        return ct.decode(tensors, self.grid)
+        """The weight as codes, scales and zeros. Raises `LlmqError` where stored tensors contradict each other."""
+        tensors = {name: getattr(self, name).data for name in IN_MEMORY.tensor_names if hasattr(self, name)}
+        return IN_MEMORY.decode(tensors, self.scheme)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense weight [N, K], in the scales' dtype where none is given."""
+        """The dense weight [N, K], by default in the scales' dtype."""
         return self.quantized_weight().dequantize(dtype)
 
     def _kernel_for(self, x: Tensor) -> Kernel:
         return self._kernel(x.dtype, x.numel() // self.in_features, x.device)
 
     def _kernel(self, dtype: torch.dtype, rows: int, device: torch.device) -> Kernel:
-        """For x of `dtype` on `device`."""
-        key = (dtype, device, self.streamed)
-        ladder = self._ladders.get(key)
-        if ladder is None:
+        """The kernel for `rows` rows of x in `dtype` on `device`."""
+        key = (dtype, device, self.offloaded)
+        candidates = self._steps.get(key)
+        if candidates is None:
             if not dtype.is_floating_point:
                 raise LlmqError(f"the input must be floating; got {dtype}")
             if device != self.device:
-                raise LlmqError(f"the input must be where the weight is, on {self.device}; it is on {device}")
-            ladder = self._ladders[key] = steps(self.problem(dtype), self.kernel)
-        for step in ladder:
+                raise LlmqError(
+                    f"input and weight must be on one device; the weight is on {self.device}, x on {device}"
+                )
+            candidates = self._steps[key] = steps(self.problem(dtype), self.kernel)
+        for step in candidates:
             if step.most_rows is None:
                 return step.kernel
-            if rows <= step.most_rows and not (torch.compiler.is_compiling() and self._made(step.kernel) is None):
+            missing = torch.compiler.is_compiling() and self._cached_layout(step.kernel) is None
+            if rows <= step.most_rows and not missing:
                 return step.kernel
         raise AssertionError("the last step has no limit")
 
-    def _made(self, kernel: Kernel) -> Any:
-        """A kernel's layout, if there is one of the tensors as they are now."""
-        made = self._layouts.get(kernel.NAME)
-        if made is None:
+    def _cached_layout(self, kernel: Kernel) -> Any:
+        """A kernel's layout, if one was made from the tensors that the module holds now; else None."""
+        cached = self._layouts.get(kernel.NAME)
+        if cached is None:
             return None
-        return made[1] if all(map(is_, made[0], self._stored())) else None
+        return cached[1] if all(map(is_, cached[0], self._stored())) else None
 
     def _stored(self) -> tuple[Tensor | None, ...]:
-        """The tensors that a layout is made of. Not by attribute: every forward asks, and torch looks long for those."""
+        """The tensors that a layout is made from. Read from `_parameters`: attribute lookup is slow in every forward."""
         own = self._parameters
         return own["weight_packed"], own["weight_scale"], own.get("weight_zero_point")
 
     def packed(self) -> Packed:
-        """The weight as kernels see it."""
-        size, (weight, scale, zero) = self.grid.columns_per_group(self.in_features), self._stored()
-        assert weight is not None and scale is not None  # noqa: PT018 - of an empty slot, torch's own error comes first
-        return Packed(self.out_features, self.in_features, self.grid.bits, size, weight, scale, zero)
+        """The weight in the form that kernels take."""
+        grid, (weight, scale, zero) = self.scheme.weight, self._stored()
+        size = grid.columns_per_group(self.in_features)
+        assert weight is not None and scale is not None  # noqa: PT018 - if missing, torch raises its own error first
+        return Packed(self.out_features, self.in_features, grid.bits, size, weight, scale, zero)
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
         bias = self._parameters["bias"]
         return bias if bias is None or bias.dtype == dtype else bias.to(dtype)
 
     def _layout(self, kernel: Kernel) -> Any:
-        layout = self._made(kernel)
+        """The kernel's layout: the cached one, or a new one."""
+        layout = self._cached_layout(kernel)
         if layout is not None:
             return layout
-        with torch.inference_mode(False), torch.no_grad():  # what inference mode makes could not be used outside of it
+        with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode cannot be used outside it
             layout = kernel.prepare(self.packed())
-        if not self.streamed:
+        if not self.offloaded:
             self._layouts[kernel.NAME] = (self._stored(), layout)
         return layout
 
-    def _forget(self) -> None:
-        if self.together is not None:
-            self.together.forget()
-        self._ladders: dict[tuple[object, ...], tuple[Step, ...]] = {}
+    def _drop_caches(self) -> None:
+        if self.fusion is not None:
+            self.fusion.drop_caches()
+        self._steps: dict[tuple[object, ...], tuple[Step, ...]] = {}
         self._layouts: dict[str, tuple[tuple[Tensor | None, ...], Any]] = {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        """Moves reach everything; casts do not reach the scales, whose dtype is part of the format."""
+        """Move every tensor, and cast all but the scales, whose dtype is part of the scheme."""
         scale = self.weight_scale
         changed = False
 
@@ -222,26 +237,25 @@ class QuantLinear(nn.Module):
 
         super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
         if changed:
-            self._forget()
+            self._drop_caches()
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
-        self._forget()
+        self._drop_caches()
         super()._load_from_state_dict(state_dict, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ladders": {}, "_layouts": {}}
+        return {**self.__dict__, "_steps": {}, "_layouts": {}}
 
     def extra_repr(self) -> str:
-        size = "per channel" if self.grid.group_size is None else f"groups of {self.grid.group_size}"
-        kind = "symmetric" if self.grid.symmetric else "asymmetric"
-        return (
-            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, int{self.grid.bits} {kind}, {size}"
-        )
+        grid = self.scheme.weight
+        size = "per channel" if grid.group_size is None else f"groups of {grid.group_size}"
+        kind = "symmetric" if grid.symmetric else "asymmetric"
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, int{grid.bits} {kind}, {size}"
 
 
-def under_autocast(x: Tensor) -> Tensor:
-    """x as a linear of torch takes it: in autocast's dtype inside of it, but for float64."""
+def cast_by_autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype where autocast is enabled, as torch's own linear casts it; float64 is never cast."""
     if (
         x.is_meta
         or not torch.is_autocast_enabled(x.device.type)
@@ -257,9 +271,11 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
 
 
 @contextmanager
-def answering(modules: Sequence[nn.Module], forward_of: Callable[[Any], Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Inside, each of `modules` answers with what `forward_of(module)` says in the place of its own forward."""
-    own = [vars(module).pop("forward", None) for module in modules]  # accelerate's hooks stand there
+def forward_overridden(
+    modules: Sequence[nn.Module], forward_of: Callable[[Any], Callable[[Tensor], Tensor]]
+) -> Iterator[None]:
+    """Within the context, each of `modules` runs `forward_of(module)` in place of its own forward."""
+    own = [vars(module).pop("forward", None) for module in modules]  # where accelerate puts its hooks
     try:
         for module in modules:
             vars(module)["forward"] = forward_of(module)

@@ -203,6 +203,10 @@ def test_ctrl_c_removes_the_partial_output(source: Path, tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
+def interrupt(*args: object, **kwargs: object) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -215,9 +219,6 @@ def test_ctrl_c_removes_the_partial_output(source: Path, tmp_path: Path) -> None
 def test_ctrl_c_names_the_output_only_if_there_was_one(
     arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(*args: object, **kwargs: object) -> None:
-        raise KeyboardInterrupt
-
     for verb in ("llmq.api.quantize", "llmq.api.preview", "llmq.evaluation.evaluate", "llmq.evaluation.generate_text"):
         monkeypatch.setattr(verb, interrupt)
     with pytest.raises(SystemExit) as ended:
@@ -236,6 +237,16 @@ def test_help_ends_with_examples_that_parse(command: str, monkeypatch: pytest.Mo
         assert example in shown
         app(shlex.split(example)[1:], standalone_mode=False)
     assert len(called) == len(EXAMPLES[command]) > 0
+
+
+def test_quantize_gives_large_tensors_pages_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lasts for the process, so the command does it, and the library function does not."""
+    calls: list[str] = []
+    monkeypatch.setattr("llmq.memory.map_large_tensors", lambda: calls.append("map"))
+    monkeypatch.setattr("llmq.api.quantize", lambda *args, **kwargs: calls.append("quantize") or interrupt())
+    with pytest.raises(SystemExit):
+        app(("quantize", "m"))
+    assert calls == ["map", "quantize"]
 
 
 def test_help_answers_at_once() -> None:

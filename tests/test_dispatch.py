@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import llmq
-from llmq.kernels import cpu_int4, slab, wna16
-from llmq.kernels.launch import Device, Row
+from llmq.bench.variants import packed_linears
+from llmq.kernels import wna16
+from llmq.kernels.launch import Device, TunedLaunch
 from llmq.kernels.problem import Problem
-from llmq.serving.linear import QuantLinear
-from tests.fixtures import DISK, IDS, checkpoint
+from llmq.kernels.registry import KERNELS
+from llmq.serving.linear import QuantLinear, kernels_overridden
+from tests.fixtures import DISK, IDS, checkpoint, with_run
 
 
 def test_explain_names_kernels_by_rows_and_fused_linears(tmp_path: Path) -> None:
@@ -25,7 +28,7 @@ def test_explain_names_kernels_by_rows_and_fused_linears(tmp_path: Path) -> None
     assert all(row.fused == () for row in llmq.explain(plain))
     many = llmq.explain(fused, rows=64)[0]
     assert (many.few_rows, many.fused) == ("slab", ())
-    assert "(cpu_int4 is for up to 48 rows" in str(many)
+    assert "(cpu_int4 runs at most 48 rows" in str(many)
     for wrong, message in (
         ({"rows": 0}, "rows must be at least 1; got 0"),
         ({"rows": 1.5}, "rows must be an integer; got 1.5"),
@@ -44,7 +47,7 @@ def test_printing_groups_linears_with_the_same_summary(tmp_path: Path) -> None:
     assert lines[1] == f"    model.layers.{{0-{layers - 1}}}.self_attn.{{q_proj, k_proj, v_proj}}"
 
 
-MEASURED = Row("float16", group=128, bucket=8, n=4096, k=4096, bn=64, warps=8, stages=3, split=2)
+MEASURED = TunedLaunch("float16", group=128, bucket=8, n=4096, k=4096, bn=64, warps=8, stages=3, split=2)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +59,7 @@ MEASURED = Row("float16", group=128, bucket=8, n=4096, k=4096, bn=64, warps=8, s
     ids=["without a table", "with a table"],
 )
 def test_a_launch_states_whether_it_was_measured(
-    table: tuple[Row, ...], launch: str, monkeypatch: pytest.MonkeyPatch
+    table: tuple[TunedLaunch, ...], launch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wna16, "device_of", lambda _: Device("sm_90", 132))
     monkeypatch.setattr(wna16, "table_of", lambda _: table)
@@ -69,12 +72,11 @@ def test_a_launch_states_whether_it_was_measured(
 def test_each_distinct_problem_is_run_once(
     tmp_path: Path, fuse: bool, problems: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, seen = llmq.load(checkpoint(tmp_path / "a"), fuse=fuse), []
-    for kernel in (cpu_int4, slab):
-        run = kernel.run
-        monkeypatch.setattr(
-            kernel, "run", lambda *args, r=run, n=kernel.name: seen.append((n, len(args[0]))) or r(*args)
-        )
+    seen: list[tuple[str, int]] = []
+    recording = with_run(lambda kernel: lambda *args: seen.append((kernel.name, len(args[0]))) or kernel.run(*args))
+    monkeypatch.setattr(QuantLinear, "kernels", recording)
+    model = llmq.load(checkpoint(tmp_path / "a"), fuse=fuse)
+    seen.clear()
     rows = llmq.warmup(model)
     assert {(row.n, row.k) for row in rows} == (
         {(128, 64), (64, 64), (256, 64), (64, 128)} if fuse else {(64, 64), (32, 64), (128, 64), (64, 128)}
@@ -88,13 +90,13 @@ def test_each_distinct_problem_is_run_once(
         llmq.warmup(model, [1, 0])
 
 
-def test_after_warmup_a_forward_makes_no_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_warmup_a_forward_makes_no_layout(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "a")
     model = llmq.load(folder, fuse=True, dtype=torch.float32)
     assert all(row.kernel == "slab" for row in llmq.warmup(model))
     llmq.warmup(model.to(torch.bfloat16))
-    monkeypatch.setattr(cpu_int4, "prepare", lambda _: pytest.fail("a layout was missing"))
-    with torch.no_grad():
+    kernels = [replace(kernel, prepare=lambda _: pytest.fail("a layout was missing")) for kernel in KERNELS]
+    with torch.no_grad(), kernels_overridden(packed_linears(model), kernels):
         model(IDS[:1, :1])
 
 

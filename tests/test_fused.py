@@ -16,10 +16,9 @@ import llmq
 from llmq.core.grid import Grid
 from llmq.errors import LlmqError
 from llmq.hf.text_decoder import text_decoder
-from llmq.kernels import cpu_int4
 from llmq.serving.fused import FusedLinears, fuse_linears, fused_linears, shared_inputs
 from llmq.serving.linear import QuantLinear
-from tests.fixtures import BF16, DISK, IDS, K, checkpoint, logits, quantized_weight, rows
+from tests.fixtures import BF16, DISK, IDS, K, checkpoint, logits, quantized_weight, rows, with_run
 from tests.tiny import ARCHITECTURES
 
 SIZES = (48, 16, 32)
@@ -55,10 +54,10 @@ def test_one_matmul_gives_the_same_bits(
     bits: int, symmetric: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grid = Grid(bits, 32, symmetric)
+    calls: list[torch.Size] = []
+    recording = with_run(lambda kernel: lambda *args: calls.append(args[0].shape) or kernel.run(*args))
+    monkeypatch.setattr(QuantLinear, "kernels", recording)
     module, group = three(grid, bias=bias)
-    calls = []
-    run = cpu_int4.run
-    monkeypatch.setattr(cpu_int4, "run", lambda *args: calls.append(args[0].shape) or run(*args))
     with torch.no_grad():
         for shape in ((1,), (2, 3), (0,)):
             x = rows(*shape)

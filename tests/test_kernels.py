@@ -20,7 +20,7 @@ from llmq.core.grid import Grid, fit, fit_full_range, quantize
 from llmq.core.packing import pack
 from llmq.core.quantized import QuantizedWeight
 from llmq.errors import LlmqError
-from llmq.formats import compressed_tensors as ct
+from llmq.formats import IN_MEMORY
 from llmq.kernels import cpu_int4, reference, slab
 from llmq.kernels.kernel import Kernel
 from llmq.kernels.problem import Packed, Problem
@@ -62,7 +62,7 @@ def weight_of(
 
 
 def packed_of(weight: QuantizedWeight) -> Packed:
-    tensors = ct.encode(weight)
+    tensors = IN_MEMORY.encode(weight)
     sizes = (*weight.shape, weight.bits, weight.group_size)
     return Packed(*sizes, tensors["weight_packed"], tensors["weight_scale"], tensors.get("weight_zero_point"))
 

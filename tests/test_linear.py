@@ -113,14 +113,14 @@ def test_layouts_are_made_once_and_dropped_when_a_tensor_changes() -> None:
     module, x = linear(bias=False), rows(1)
     with torch.no_grad():
         first = module(x)
-        made = module._cached_layout(cpu_int4)
+        made = module._cached_layout(cpu_int4.KERNEL)
         assert made is not None
         module.to("cpu")
         module(x)
-        assert module._cached_layout(cpu_int4) is made, "a move to the same device keeps the layout"
+        assert module._cached_layout(cpu_int4.KERNEL) is made, "a move to the same device keeps the layout"
         other = QuantLinear.from_quantized(quantized_weight(Grid(4, 32, True), seed=5))
         module.load_state_dict(other.state_dict())
-        assert module._cached_layout(cpu_int4) is None
+        assert module._cached_layout(cpu_int4.KERNEL) is None
         assert torch.equal(module(x), other(x))
         assert not torch.equal(module(x), first)
         module.weight_packed = nn.Parameter(linear(bias=False).weight_packed.data, requires_grad=False)
@@ -132,7 +132,7 @@ def test_layouts_are_made_once_and_dropped_when_a_tensor_changes() -> None:
         uneven.weight_zero_point = nn.Parameter(zeros.data, requires_grad=False)
         assert not torch.equal(uneven(x), before), "and so are replaced zero points"
         module._apply(torch.clone)  # new data in the same parameters
-        assert module._cached_layout(cpu_int4) is None
+        assert module._cached_layout(cpu_int4.KERNEL) is None
 
 
 def test_the_number_of_rows_decides_in_a_forward() -> None:
@@ -150,7 +150,7 @@ def test_offloaded_weights_get_no_cached_layout() -> None:
     with torch.no_grad():
         torch.testing.assert_close(module(x), linear()(x), rtol=2e-2, atol=0.1)
     assert module._layouts == {}
-    assert module.choice(BF16, 1).kernel is slab
+    assert module.choice(BF16, 1).kernel is slab.KERNEL
 
 
 def test_copies_and_pickles_hold_only_the_stored_tensors() -> None:
@@ -173,7 +173,7 @@ def test_a_layout_made_in_inference_mode_works_outside_it() -> None:
     with torch.inference_mode():
         module(rows(1))
         module(rows(60))
-    assert not module._cached_layout(cpu_int4).weight.is_inference()
+    assert not module._cached_layout(cpu_int4.KERNEL).weight.is_inference()
     x = rows(60, dtype=BF16).requires_grad_()
     module(x).sum().backward()
     assert x.grad is not None
@@ -239,7 +239,7 @@ def test_it_compiles_into_one_graph_and_uses_existing_layouts(symmetric: bool) -
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch.no_grad():
         got = compiled(rows(1))
-        assert module[0]._cached_layout(cpu_int4) is None, "a compiled forward makes no layout"
+        assert module[0]._cached_layout(cpu_int4.KERNEL) is None, "a compiled forward makes no layout"
         torch.testing.assert_close(got, module(rows(1)), rtol=2e-2, atol=0.1)
         module[0].ready(BF16)
         for x in (rows(1), rows(2, 30), rows(3, 40), rows(1)):
@@ -262,7 +262,7 @@ def test_a_forced_kernel_runs_or_is_refused_with_its_reason() -> None:
     x = rows(2)
     with torch.no_grad():
         torch.testing.assert_close(linear(kernel="reference")(x), linear(kernel="slab")(x), rtol=2e-2, atol=0.1)
-        with pytest.raises(LlmqError, match="cpu_int4 takes groups that 32 divides; these have 24"):
+        with pytest.raises(LlmqError, match="cpu_int4 requires group_size divisible by 32; got 24"):
             linear(Grid(4, 24, True), kernel="cpu_int4")(x)
     with pytest.raises(LlmqError, match=r"the last dimension of the input must be 96; got \[2, 95\]"):
         linear()(x[:, 1:])

@@ -61,7 +61,7 @@ def test_the_self_test_measures_everything_and_writes_it(
     found = json.loads(out.splitlines()[-1])
     (file,) = tmp_path.glob("bench_model-tiny-*.json")
     assert json.loads(file.read_text()) == found
-    assert "fast: eager: CUDA graphs are for CUDA devices; the model is on cpu" in out
+    assert "fast: eager: CUDA graphs need a CUDA device; the model is on cpu" in out
     cases = {(row["what"], row["how"], row["batch"], row["variant"]) for row in found["rows"]}
     names = ("original", "packed", "fused")
     decoded = {("decode", how, batch, name) for how in ("eager", "fast") for batch in (1, 2) for name in names}

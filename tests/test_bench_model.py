@@ -62,7 +62,7 @@ def test_the_self_test_measures_and_writes_everything(
     record = json.loads(out.splitlines()[-1])
     (file,) = tmp_path.glob("bench_model-tiny-*.json")
     assert json.loads(file.read_text()) == record
-    assert "fast: eager: CUDA graphs are for CUDA devices; the model is on cpu" in out
+    assert "fast: eager: CUDA graphs need a CUDA device; the model is on cpu" in out
     cases = {(row["what"], row["how"], row["batch"], row["variant"]) for row in record["rows"]}
     names = ("original", "packed", "fused")
     decoded = {("decode", how, batch, name) for how in ("eager", "fast") for batch in (1, 2) for name in names}

@@ -115,9 +115,9 @@ WEIGHTS = "config_groups__group_0__weights__"
     ],
 )
 def test_unsupported_configs_are_refused_with_the_reason(config: dict[str, object], reason: str) -> None:
-    found = FORMAT.unsupported_reason(config)
-    assert found is not None
-    assert reason in found
+    actual = FORMAT.unsupported_reason(config)
+    assert actual is not None
+    assert reason in actual
     with pytest.raises(LlmqError, match="llmq cannot run this checkpoint") as caught:
         FORMAT.parse(config)
     assert reason in str(caught.value)

@@ -53,8 +53,9 @@ def test_formats_are_found_by_name_and_by_config() -> None:
     assert IN_MEMORY in FORMATS
     assert DEFAULT_FORMAT in FORMATS
     assert format_of({"quant_method": "unknown"}) is None
-    assert unsupported_reason({"quant_method": "unknown"}) == "quant_method is 'unknown', not 'compressed-tensors'"
-    with pytest.raises(LlmqError, match="format must be one of compressed-tensors; got 'unknown'"):
+    names = [each.name for each in FORMATS]
+    assert unsupported_reason({"quant_method": "unknown"}) == f"quant_method is 'unknown', not {str(names)[1:-1]}"
+    with pytest.raises(LlmqError, match=f"format must be one of {', '.join(names)}; got 'unknown'"):
         format_named("unknown")
 
 
@@ -164,24 +165,25 @@ def scheme_in(disk_format: Format, schemes: dict[str, Scheme], name: str) -> Sch
 @pytest.mark.parametrize("ordered", [True, False])
 def test_the_config_gives_back_the_scheme_of_every_module(disk_format: Format, ordered: bool) -> None:
     for scheme in stored_schemes(disk_format):
-        found = parsed(disk_format, dict.fromkeys(NAMES, scheme), ["lm_head"], ordered)
-        assert {found.scheme_for(name, ("Linear", "Module"), scheme.scale_dtype) for name in NAMES} == {scheme}
-        assert found.scheme_for("lm_head", ("Linear", "Module"), scheme.scale_dtype) is None
-        assert found.scheme_for("model.embed", ("Embedding", "Module"), scheme.scale_dtype) is None
+        layout = parsed(disk_format, dict.fromkeys(NAMES, scheme), ["lm_head"], ordered)
+        assert {layout.scheme_for(name, ("Linear", "Module"), scheme.scale_dtype) for name in NAMES} == {scheme}
+        assert layout.scheme_for("lm_head", ("Linear", "Module"), scheme.scale_dtype) is None
+        assert layout.scheme_for("model.embed", ("Embedding", "Module"), scheme.scale_dtype) is None
 
 
 @each_format
 def test_mixed_schemes_are_refused_or_given_back(disk_format: Format) -> None:
-    for pair in combinations([s for s in stored_schemes(disk_format) if s.scale_dtype == torch.float16], 2):
+    scale_dtype = stored_schemes(disk_format)[0].scale_dtype
+    for pair in combinations([s for s in stored_schemes(disk_format) if s.scale_dtype == scale_dtype], 2):
         by_kind = {name: pair[name.endswith("down")] for name in NAMES}
         by_layer = {name: pair["layers.3." in name] for name in NAMES}
         for schemes in (by_kind, by_layer):
             try:
-                found = parsed(disk_format, schemes, ["lm_head"], True)
+                layout = parsed(disk_format, schemes, ["lm_head"], True)
             except LlmqError:
                 continue
             for name, scheme in schemes.items():
-                assert found.scheme_for(name, ("Linear", "Module"), torch.float16) == scheme
+                assert layout.scheme_for(name, ("Linear", "Module"), scale_dtype) == scheme
 
 
 @each_format
@@ -195,10 +197,10 @@ def test_configs_of_other_formats_are_not_supported(disk_format: Format) -> None
 
 def test_a_target_by_name_wins_over_one_by_class() -> None:
     wide, narrow = Grid(8, None, True), Grid(4, 32, True)
-    found = Layout((LayoutGroup(("Linear",), narrow), LayoutGroup(("re:.*down$",), wide)), ("lm_head",))
+    layout = Layout((LayoutGroup(("Linear",), narrow), LayoutGroup(("re:.*down$",), wide)), ("lm_head",))
     for name, grid in (("mlp.down", wide), ("mlp.up", narrow)):
-        assert found.scheme_for(name, ("Linear",), torch.float16) == Scheme(grid, None, torch.float16)
-    assert found.scheme_for("lm_head", ("Linear",), torch.float16) is None
+        assert layout.scheme_for(name, ("Linear",), torch.float16) == Scheme(grid, None, torch.float16)
+    assert layout.scheme_for("lm_head", ("Linear",), torch.float16) is None
 
 
 def test_patterns_are_names_classes_or_regexes_that_match_from_the_start() -> None:

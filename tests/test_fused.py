@@ -113,22 +113,22 @@ def test_a_fused_model_saves_moves_copies_and_loads_like_an_unfused_one(tmp_path
 
 def test_linears_are_called_in_any_order_and_again() -> None:
     module, _ = three()
-    alone, x, y = Three(Grid(4, 32, True)), rows(2), rows(3)
+    unfused, x, y = Three(Grid(4, 32, True)), rows(2), rows(3)
     with torch.no_grad():
-        want = {(name, i): getattr(alone, name)(t) for name in "qkv" for i, t in enumerate((x, y))}
+        want = {(name, i): getattr(unfused, name)(t) for name in "qkv" for i, t in enumerate((x, y))}
         for order in ("vkq", "qqkkvv", "kvkvq", "v"):
             for name in order:
                 assert torch.equal(getattr(module, name)(x), want[name, 0])
         assert torch.equal(module.k(y), want["k", 1]), "another input"
         assert torch.equal(module.q(x), want["q", 0])
         x.mul_(2)
-        assert torch.equal(module.v(x), alone.v(x)), "a changed input is noticed"
-        assert torch.equal(module.v(x.clone()), alone.v(x))
-    assert torch.equal(module.k(rows(60)), alone.k(rows(60))), "with many rows each linear runs alone"
+        assert torch.equal(module.v(x), unfused.v(x)), "a changed input is noticed"
+        assert torch.equal(module.v(x.clone()), unfused.v(x))
+    assert torch.equal(module.k(rows(60)), unfused.k(rows(60))), "with many rows each linear runs alone"
     few = rows(2).requires_grad_()
     module(x=few).float().sum().backward()
     other = rows(2).requires_grad_()
-    alone(x=other).float().sum().backward()
+    unfused(x=other).float().sum().backward()
     assert torch.equal(few.grad, other.grad)
 
 
@@ -160,12 +160,12 @@ def test_an_input_freed_late_does_not_drop_the_outputs_of_the_next() -> None:
 
 def test_threads_do_not_share_outputs() -> None:
     module, _ = three()
-    alone, wrong = Three(Grid(4, 32, True)), []
+    unfused, wrong = Three(Grid(4, 32, True)), []
 
     def work(seed: int) -> None:
         x = torch.randn(1, K, generator=torch.Generator().manual_seed(seed)).to(BF16)
         with torch.no_grad():
-            want = alone(x=x)
+            want = unfused(x=x)
             wrong.extend(1 for _ in range(200) if not torch.equal(module(x=x), want))
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
@@ -188,11 +188,11 @@ def test_it_compiles_into_one_matmul(bias: bool) -> None:
     module, group = three(bias=bias)
     compiled = torch.compile(module, fullgraph=True, backend=keep)
     with torch.no_grad():
-        alone = Three(Grid(4, 32, True), bias=bias)(x=rows(1))
-        assert torch.allclose(compiled(x=rows(1)), alone, rtol=2e-2, atol=0.1), "without a layout"
+        unfused = Three(Grid(4, 32, True), bias=bias)(x=rows(1))
+        assert torch.allclose(compiled(x=rows(1)), unfused, rtol=2e-2, atol=0.1), "without a layout"
         group.stacked.ready(BF16)
         for _ in range(3):
-            assert torch.equal(compiled(x=rows(1)), alone)
+            assert torch.equal(compiled(x=rows(1)), unfused)
     assert graphs[-1].count("int4pack_mm") == 1
     assert len(graphs) == 2
     assert group.pending is None

@@ -221,6 +221,23 @@ def test_it_runs_in_the_dtype_of_autocast() -> None:
         assert module(rows(2).float()).dtype == F32
 
 
+@pytest.mark.parametrize("default", [BF16, torch.float64], ids=str)
+@pytest.mark.parametrize("kernel", [None, "slab", "reference"])
+def test_torchs_default_dtype_changes_nothing(default: torch.dtype, kernel: str | None) -> None:
+    weight, x = quantized_weight(Grid(4, 32, False)), rows(2)
+    results = []
+    for dtype in (F32, default):
+        torch.set_default_dtype(dtype)
+        try:
+            module = QuantLinear.from_quantized(weight, kernel=kernel)
+            results.append((module(x), module.dequantize(), *module.state_dict().values()))
+        finally:
+            torch.set_default_dtype(F32)
+    for expected, actual in zip(*results, strict=True):
+        assert actual.dtype == expected.dtype
+        assert torch.equal(actual, expected)
+
+
 def test_an_input_that_is_not_floating_or_on_another_device_is_refused() -> None:
     module = linear(Grid(4, 32, True))
     for x, message in (
@@ -253,9 +270,9 @@ def test_it_compiles_into_one_graph_and_uses_existing_layouts(symmetric: bool) -
     assert torch.equal(x.grad, other.grad)
     few = rows(2).requires_grad_()  # eager it is the int4 op, compiled the slab path
     compiled(few).float().sum().backward()
-    alone = rows(2).requires_grad_()
-    module(alone).float().sum().backward()
-    torch.testing.assert_close(few.grad, alone.grad, rtol=2e-2, atol=0.1)
+    other = rows(2).requires_grad_()
+    module(other).float().sum().backward()
+    torch.testing.assert_close(few.grad, other.grad, rtol=2e-2, atol=0.1)
 
 
 def test_a_forced_kernel_runs_or_is_refused_with_its_reason() -> None:

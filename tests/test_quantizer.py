@@ -168,12 +168,12 @@ def test_a_model_compiles_into_one_graph(tmp_path: Path, arch: str) -> None:
 def test_gradients_pass_through_a_model(tmp_path: Path) -> None:
     model = llmq.load(float32_checkpoint(tmp_path / "a", method="rtn"))
     dense = dense_copy(model, "llama")
-    found = []
+    gradients = []
     for each in (model, dense):
         embeddings = each.get_input_embeddings()(IDS).detach().requires_grad_()
         each(inputs_embeds=embeddings).logits.float().pow(2).mean().backward()
-        found.append(embeddings.grad)
-    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+        gradients.append(embeddings.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
 
 
 def test_the_config_of_a_loaded_model_can_be_passed_to_another_load(tmp_path: Path) -> None:

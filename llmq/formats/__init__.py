@@ -31,11 +31,11 @@ def format_of(quantization_config: Mapping[str, Any]) -> Format | None:
 
 def unsupported_reason(quantization_config: Mapping[str, Any]) -> str | None:
     """Why llmq cannot run a checkpoint with this `quantization_config`, as a clause; None if it can."""
-    found = format_of(quantization_config)
-    if found is None:
+    stored_format = format_of(quantization_config)
+    if stored_format is None:
         known = ", ".join(repr(each.name) for each in FORMATS)
         return f"quant_method is {quantization_config.get('quant_method')!r}, not {known}"
-    return found.unsupported_reason(quantization_config)
+    return stored_format.unsupported_reason(quantization_config)
 
 
 IN_MEMORY: Format = format_named("compressed-tensors")

@@ -30,7 +30,7 @@ from llmq.checkpoint.writer import StagedCheckpoint
 from llmq.config import SELF, Calibration, QuantConfig, method
 from llmq.errors import LlmqError
 from llmq.memory import peak_rss_bytes, trim_heap
-from llmq.quantization.block import BlockResult
+from llmq.quantization.block import BlockInputs, BlockResult, BlockState
 from llmq.quantization.holdout import few_tokens_notes
 from llmq.quantization.pipeline import Step, quantize_blocks
 from llmq.quantization.plan import Plan, make_plan
@@ -204,8 +204,12 @@ def _run(
     recipe = Recipe.of(config)
     layers: list[LinearReport] = []
     pairs: list[PairReport] = []
-    results = quantize_blocks(source, captured, lanes, probe, plan, recipe, progress)
-    del captured  # its hidden states are those of the first block
+    inputs = [
+        BlockInputs(calls, lanes, few[0], probe.hidden[0].shape[1])
+        for calls, few in zip(captured.calls, probe.calls, strict=True)
+    ]
+    results = quantize_blocks(source, BlockState(captured.hidden), inputs, plan, recipe, progress)
+    del captured  # else the first block's hidden states stay in memory
     for result in results:
         _write_block(source, plan, result, staged)
         layers += result.layers

@@ -85,8 +85,9 @@ def _around(
     Symmetric: both signs of each scale. Asymmetric: the zero point that keeps the range's place, and one to each side.
     """
     steps, codes, error = (torch.empty_like(weight) for _ in range(3))
-    for factor in FACTORS:
-        candidate = checked_scale(scale.abs().float() * factor, scale.dtype)
+    factors = torch.tensor(FACTORS, dtype=torch.float32, device=scale.device).unsqueeze(1)
+    candidates = checked_scale(scale.abs().float() * factors, scale.dtype)  # [F, n]
+    for factor, candidate in zip(FACTORS, candidates, strict=True):
         wide = candidate.float().unsqueeze(1)
         torch.div(weight, wide, out=steps)
         torch.round(steps, out=codes)

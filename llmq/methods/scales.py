@@ -25,7 +25,7 @@ Left out: gradient or closed-form refinement of the best candidate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ ZERO_SHIFTS = (0, -1, 1)
 UNCLIPPED_SYMMETRIC = tuple(ratio for ratio in SYMMETRIC_RATIOS if ratio > 1.02)
 UNCLIPPED_ASYMMETRIC = tuple(ratio for ratio in ASYMMETRIC_RATIOS if ratio > 0.97)
 SLAB_ELEMENTS = 1 << 17
+GPU_SLAB_ELEMENTS = 1 << 24
 
 FitScales = Callable[[Tensor, Grid, torch.dtype, "Tensor | None"], tuple[Tensor, "Tensor | None"]]
 
@@ -64,18 +65,17 @@ def search(
     root = root.to(groups.device)
     scale = torch.empty(rows, count, dtype=dtype, device=groups.device)
     zero = None if grid.symmetric else torch.empty(rows, count, dtype=torch.uint8, device=groups.device)
-    candidates = _symmetric if grid.symmetric else _asymmetric
-    ratios = _ratios(grid, importance is not None)[::step]
-    height = max(1, SLAB_ELEMENTS // (count * size)) if groups.device.type == "cpu" else rows
+    errors_of = _symmetric if grid.symmetric else _asymmetric
+    ratios = torch.tensor(_ratios(grid, importance is not None)[::step], dtype=torch.float64, device=groups.device)
+    elements = SLAB_ELEMENTS if groups.device.type == "cpu" else GPU_SLAB_ELEMENTS
+    height = max(1, elements // (count * size))
     for start in range(0, rows, height):
         slab = slice(start, start + height)
-        best = torch.full_like(groups[slab, :, 0], torch.inf)
-        for error, candidate, offset in candidates(groups[slab], root, grid, dtype, ratios):
-            better = error < best
-            best = torch.where(better, error, best)
-            scale[slab] = torch.where(better, candidate, scale[slab])
-            if zero is not None and offset is not None:
-                zero[slab] = torch.where(better, offset, zero[slab])
+        errors, scales, zeros = errors_of(groups[slab], root, grid, dtype, ratios)
+        best = errors.nan_to_num_(nan=torch.inf).argmin(0, keepdim=True)  # the first of equals
+        scale[slab] = scales.gather(0, best)[0]
+        if zero is not None and zeros is not None:
+            zero[slab] = zeros.gather(0, best)[0]
     return scale, zero
 
 
@@ -99,34 +99,43 @@ def _root(importance: Tensor) -> Tensor:
     return (importance / mean).clamp_min_(1e-6).sqrt_()
 
 
-def _symmetric(
-    groups: Tensor, root: Tensor, grid: Grid, dtype: torch.dtype, ratios: Sequence[float]
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """(error [n, G], scale [n, G], None) of each symmetric candidate for groups [n, G, g]."""
+Candidates = tuple[Tensor, Tensor, "Tensor | None"]
+"""Errors float32 [C, n, G], scales [C, n, G] and zeros uint8 [C, n, G] (None where symmetric) of C candidates."""
+
+
+def _symmetric(groups: Tensor, root: Tensor, grid: Grid, dtype: torch.dtype, ratios: Tensor) -> Candidates:
+    """The symmetric candidates for groups [n, G, g]: both signs of each ratio [R] in turn."""
     largest = groups.abs().amax(-1) / grid.middle
-    steps, codes, error = (torch.empty_like(groups) for _ in range(3))
-    for ratio in ratios:
-        scale = checked_scale(largest * ratio, dtype)
-        torch.div(groups, scale.float().unsqueeze(-1), out=steps)
-        torch.round(steps, out=codes)
-        for lost, sign, _ in clamped(codes, steps, None, grid, error):
-            yield _distance(lost, root, scale), scale * sign, None
+    scales = checked_scale(largest * ratios.view(-1, 1, 1).float(), dtype)  # [R, n, G]
+    errors = _errors(groups, root, grid, scales, None)
+    signed = torch.stack((scales, -scales), 1)  # [R, 2, n, G]
+    return errors, signed.flatten(0, 1), None
 
 
-def _asymmetric(
-    groups: Tensor, root: Tensor, grid: Grid, dtype: torch.dtype, ratios: Sequence[float]
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """(error [n, G], scale [n, G], zero uint8 [n, G]) of each asymmetric candidate for groups [n, G, g]."""
+def _asymmetric(groups: Tensor, root: Tensor, grid: Grid, dtype: torch.dtype, ratios: Tensor) -> Candidates:
+    """The asymmetric candidates for groups [n, G, g]: three zero points for each ratio [R] in turn."""
     low = groups.amin(-1).clamp_(max=0)
     high = groups.amax(-1).clamp_(min=0)
+    spread = ratios.view(-1, 1, 1)
+    scales = checked_scale((high - low) * (spread / grid.levels).float(), dtype)  # [R, n, G]
+    nearest = zero_for(low * spread.float(), scales, grid).float()  # [R, n, G]
+    shifts = torch.tensor(ZERO_SHIFTS, dtype=torch.float32, device=groups.device).view(-1, 1, 1)
+    zeros = (nearest.unsqueeze(1) + shifts).clamp_(0, grid.levels).to(torch.uint8)  # [R, 3, n, G]
+    errors = _errors(groups, root, grid, scales, nearest)
+    return errors, scales.unsqueeze(1).expand(zeros.shape).flatten(0, 1), zeros.flatten(0, 1)
+
+
+def _errors(groups: Tensor, root: Tensor, grid: Grid, scales: Tensor, nearest: Tensor | None) -> Tensor:
+    """Weighted squared errors [C, n, G] of groups [n, G, g] with scales and nearest zero points [R, n, G]."""
     steps, codes, error = (torch.empty_like(groups) for _ in range(3))
-    for ratio in ratios:
-        scale = checked_scale((high - low) * (ratio / grid.levels), dtype)
-        nearest = zero_for(low * ratio, scale, grid).float()
-        torch.div(groups, scale.float().unsqueeze(-1), out=steps)
+    found = []
+    for index, scale in enumerate(scales):
+        wide = scale.float()
+        torch.div(groups, wide.unsqueeze(-1), out=steps)
         torch.round(steps, out=codes)
-        for lost, _, zero in clamped(codes, steps, nearest, grid, error):
-            yield _distance(lost, root, scale), scale, zero
+        for lost, _, _ in clamped(codes, steps, None if nearest is None else nearest[index], grid, error):
+            found.append(_distance(lost, root, wide))
+    return torch.stack(found)
 
 
 def clamped(
@@ -150,7 +159,7 @@ def clamped(
 
 
 def _distance(lost: Tensor, root: Tensor, scale: Tensor) -> Tensor:
-    """Weighted squared error [n, G] of errors in steps; overwrites them."""
+    """Weighted squared error [n, G] of errors in steps, which are overwritten. scale: float32 [n, G]."""
     error = torch.linalg.vector_norm(lost.mul_(root), dim=-1)
-    weighted: Tensor = error.mul_(scale.float().abs()).square_()
+    weighted: Tensor = error.mul_(scale).square_()  # a sign disappears in the square
     return weighted

@@ -6,7 +6,7 @@ journals it, and shows progress. It knows nothing of files, formats, kernels or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -14,7 +14,6 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from llmq.blocks.capture import Captured
 from llmq.quantization.block import BlockInputs, BlockResult, BlockState, quantize_block
 from llmq.quantization.plan import Plan
 from llmq.quantization.rounding import Recipe
@@ -45,9 +44,8 @@ class BlockSource(Protocol):
 
 def quantize_blocks(
     source: BlockSource,
-    captured: Captured,
-    lanes: tuple[int, ...],
-    probe: Captured,
+    state: BlockState,
+    inputs: Sequence[BlockInputs],
     plan: Plan,
     recipe: Recipe,
     progress: Callable[[Step], None] = lambda step: None,
@@ -55,20 +53,15 @@ def quantize_blocks(
     """Quantize every block in order, and yield each result while the block, its weights replaced by what they were rounded
     to, is still loaded in `source`.
 
-    captured: the first block's inputs and how every block is called, for each batch. lanes: of the batches. probe: how
-    every block is called on the first few tokens of the first window.
+    state: for the first block; the caller keeps no reference to it, so that its hidden states are freed in time. inputs: how
+    each block is called.
     """
-    state = BlockState(captured.hidden)
-    count, few = len(plan.blocks), probe.hidden[0].shape[1]
+    count = len(plan.blocks)
     for index in range(count):
         progress(Step(index, count, None))
         block = source.load_block(index)
-        inputs = BlockInputs(captured.calls[index], lanes, probe.calls[index][0], few)
-        result = _in_exact_float32(
-            partial(
-                quantize_block, block, index, inputs, state, plan, recipe, partial(_report_step, progress, index, count)
-            )
-        )
+        shown = partial(_report_step, progress, index, count)
+        result = _in_exact_float32(partial(quantize_block, block, index, inputs[index], state, plan, recipe, shown))
         state = result.state
         del block
         yield result

@@ -151,7 +151,7 @@ def observe(
     fitted: SecondMoment | None = None
     passed = 0  # tokens so far
     for lane, given in inputs:
-        x = given.reshape(-1, given.shape[-1])  # [tokens, K]
+        x = given.reshape(-1, given.shape[-1]).float()  # [tokens, K]
         if fitted is None:
             fitted, held_out = SecondMoment(x.shape[1], x.device), SecondMoment(x.shape[1], x.device)
             absolute = LaneSum((x.shape[1],), x.device)
@@ -161,7 +161,7 @@ def observe(
         if len(used):
             fitted.add(used, lane)
         if len(used) and apart:
-            absolute.of(lane).add_(used.float().abs().sum(0))
+            absolute.of(lane).add_(torch.linalg.vector_norm(used, 1, 0))
         if cut < len(x):
             held_out.add(x[cut:], lane)
     if fitted is None:

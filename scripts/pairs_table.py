@@ -11,12 +11,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `tests` belongs to the clone and is never installed
 
-from llmq.transforms.pairs import NoPair, find_pairs
+from llmq.transforms.discovery import find_pairs
+from llmq.transforms.pairs import NoPair
 from tests.tiny import ARCHITECTURES, taken_apart
 
 HEAD = """# Pairs that AWQ may rescale
 
-Found by running one block and proven by a probe (`llmq/transforms/pairs.py`); made by `python scripts/pairs_table.py`.
+Found by running one block and proven by a probe (`llmq/transforms/discovery.py`); made by `python scripts/pairs_table.py`.
 A scale moves from the producer's channels to the consumers' columns.
 
 | architecture | producer → consumers | not rescaled |
@@ -37,6 +38,7 @@ def table_row(arch: str) -> str:
 
 
 def main() -> None:
+    """Print the page."""
     print(HEAD)
     for arch in ARCHITECTURES:
         print(table_row(arch))

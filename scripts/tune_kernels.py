@@ -42,7 +42,11 @@ def main(
     again: Annotated[bool, typer.Option("--again", help="Measure the rows of the table again.")] = False,
     self_test: options.SelfTest = False,
 ) -> int:
-    """Sweep the launches, then the crossovers. The table is written after every row."""
+    """Sweep the launches, then the crossovers. The table is written after every row.
+
+    \f
+    (Over 50 lines: every option is one.)
+    """
     options.interpret(self_test)
     from llmq.errors import LlmqError
 

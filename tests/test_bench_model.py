@@ -24,7 +24,8 @@ from llmq.errors import LlmqError
 from llmq.kernels.kernel import Kernel
 from llmq.kernels.registry import KERNELS
 from llmq.serving.fused import joined_linears
-from llmq.serving.linear import QuantLinear, kernels_overridden
+from llmq.serving.linear import QuantLinear
+from llmq.serving.overrides import kernels_overridden
 from tests.fixtures import tiny_tokenizer, with_run
 from tests.tiny import tiny_model
 

@@ -14,7 +14,8 @@ from llmq.kernels import wna16
 from llmq.kernels.launch import Device, TunedLaunch
 from llmq.kernels.problem import Problem
 from llmq.kernels.registry import KERNELS
-from llmq.serving.linear import QuantLinear, kernels_overridden
+from llmq.serving.linear import QuantLinear
+from llmq.serving.overrides import kernels_overridden
 from tests.fixtures import DISK, IDS, checkpoint, with_run
 
 

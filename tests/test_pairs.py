@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from llmq.blocks.capture import Call
-from llmq.transforms import pairs as pairs_module
-from llmq.transforms.pairs import KnownPairs, NoPair, Pair, find_pairs, scale_consumer, scale_producer
+from llmq.transforms import discovery
+from llmq.transforms.discovery import find_pairs
+from llmq.transforms.pairs import KnownPairs, NoPair, Pair, scale_consumer, scale_producer
 from tests.tiny import ARCHITECTURES, HIDDEN, INTERMEDIATE, taken_apart
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -185,7 +186,7 @@ def test_known_pairs_are_proven_on_the_block_itself(
     block, call, hidden, _ = taken_apart(arch, 1, dtype)
     before = copy.deepcopy(block.state_dict())
     if dtype != torch.float16:  # whose denormal numbers may ask for a probe
-        monkeypatch.setattr(pairs_module, "Probe", None)
+        monkeypatch.setattr(discovery, "Probe", None)
     again = find_pairs(block, call, hidden, groups, known)
     assert [pair.consumers for pair in again.pairs] == groups
     assert all(a is b for a, b in zip(known.pairs, again.pairs, strict=True) if isinstance(a, Pair))
@@ -215,8 +216,8 @@ def test_the_lack_of_a_pair_is_known_for_blocks_of_the_same_structure_only(monke
     assert any(isinstance(pair, NoPair) for pair in known.pairs)
     other = dataclasses.replace(known, structure="another")
     built = []
-    probe = pairs_module.Probe
-    monkeypatch.setattr(pairs_module, "Probe", lambda *given: built.append(given) or probe(*given))
+    probe = discovery.Probe
+    monkeypatch.setattr(discovery, "Probe", lambda *given: built.append(given) or probe(*given))
     assert find_pairs(block, call, hidden, groups, known) == known
     assert not built
     find_pairs(block, call, hidden, groups, other)

@@ -16,7 +16,8 @@ from llmq.core.grid import Grid
 from llmq.methods.base import Target
 from llmq.methods.rtn import rtn
 from llmq.transforms.base import TransformContext
-from llmq.transforms.pairs import Pair, find_pairs
+from llmq.transforms.discovery import find_pairs
+from llmq.transforms.pairs import Pair
 from tests.tiny import VOCAB, tiny_model
 
 TRANSFORMS = sorted({row.transform for row in METHODS if row.transform})

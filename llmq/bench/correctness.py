@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from llmq.errors import LlmqError
 from llmq.eval.models import random_ids
 from llmq.hf.generation import generate_fast
-from llmq.serving.linear import QuantLinear, forward_overridden
+from llmq.serving.linear import QuantLinear
+from llmq.serving.overrides import forward_overridden
 
 ROUNDING = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 2**-20}
 """Allowed relative error of one output: two roundings."""

@@ -36,7 +36,8 @@ from llmq.hf.generation import Decoder
 from llmq.kernels import layout, wna16
 from llmq.kernels.kernel import RuntimeLayout
 from llmq.kernels.registry import KERNELS
-from llmq.serving.linear import QuantLinear, forward_overridden, kernels_overridden
+from llmq.serving.linear import QuantLinear
+from llmq.serving.overrides import forward_overridden, kernels_overridden
 
 PASSES, STEPS, PROMPT = 100, 20, 8
 

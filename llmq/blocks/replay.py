@@ -31,8 +31,7 @@ from llmq.errors import LlmqError
 from llmq.memory import available_bytes
 
 OUT_OF_ORDER = "linears of a decoder block run in a different order from call to call, which is not supported"
-SHARE_OF_MEMORY = 0.5
-"""Of the memory that is available, how much suspended activations may take."""
+SHARE_OF_MEMORY = 0.5  # of the memory that is available: what suspended activations may take
 
 Forward = Callable[[], Tensor]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]

@@ -87,7 +87,11 @@ def quantize(
     ] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Quantize MODEL into a checkpoint folder in compressed-tensors format."""
+    """Quantize MODEL into a checkpoint folder in compressed-tensors format.
+
+    \f
+    (Over 50 lines: every option is one.)
+    """
 
     def run() -> None:
         from llmq.cli.console import make_console, print_json, print_preview, print_report

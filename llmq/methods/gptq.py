@@ -130,7 +130,10 @@ def round_with_feedback(
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         block = W[start:stop]
-        Q, E = torch.empty_like(block), torch.empty_like(block)  # [block, N]: codes less zero points, errors over pivots
+        Q, E = (
+            torch.empty_like(block),
+            torch.empty_like(block),
+        )  # [block, N]: codes less zero points, errors over pivots
         for i, (w, q, e) in enumerate(zip(block.unbind(0), Q.unbind(0), E.unbind(0), strict=True)):
             g = group[start + i]
             torch.div(w, scales[g], out=q).round_()

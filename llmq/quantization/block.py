@@ -30,7 +30,8 @@ from llmq.quantization.holdout import is_undersampled
 from llmq.quantization.plan import Plan, Planned
 from llmq.quantization.rounding import LinearReport, Recipe, round_group
 from llmq.transforms.base import PairReport, Proposal, TransformContext
-from llmq.transforms.pairs import KnownPairs, NoPair, Pair, find_pairs
+from llmq.transforms.discovery import find_pairs
+from llmq.transforms.pairs import KnownPairs, NoPair, Pair
 
 SEARCH_TOKENS = 8192
 """Calibration tokens that a transform's statistics are gathered from; whole batches, at least two where there are two."""

@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from llmq.core.packing import pack, unpack
 from llmq.errors import LlmqError
 from llmq.kernels.problem import Packed, Problem
-from llmq.serving.linear import QuantLinear, cast_by_autocast, forward_overridden
+from llmq.serving.linear import QuantLinear, cast_by_autocast
+from llmq.serving.overrides import forward_overridden
 
 TRIAL_TOKENS = 2
 

@@ -7,7 +7,6 @@
 A configuration that does not compile or launch, or that gives a wrong result, is discarded and counted by reason. A bucket is
 measured at its largest M; the bucket of 8 at M = 1, for decoding. Tables hold the times of symmetric weights: zero points
 cost one more load and change no choice.
-
 A sweep that its time box ends leaves a valid table; a later sweep with the same file continues there. `crossover` holds the
 times of the Triton and the slab kernel for M around `wna16.MAX_ROWS`. Left out: tuning at run time.
 """

@@ -24,7 +24,7 @@ from llmq.hf.generation import Decoder
 from llmq.kernels import counters, dequant, slab
 from llmq.kernels.problem import Packed
 from llmq.kernels.registry import choose
-from llmq.serving.fused import joined_linears
+from llmq.serving.fused import fused_linears
 from llmq.serving.linear import QuantLinear
 from tests.tiny import VOCAB, tiny_model
 
@@ -81,7 +81,7 @@ def loaded(folder: Path, kernel: str, device: str, fuse: bool = False) -> Any:
     assert {linear.device.type for linear in linears} == {torch.device(device).type}
     for rows in (1, IDS.numel(), 512):
         assert {linear.choice(model.dtype, rows).kernel.name for linear in linears} == {kernel}
-    assert bool(joined_linears(model)) == fuse
+    assert bool(fused_linears(model)) == fuse
     return model
 
 

@@ -23,7 +23,7 @@ from llmq.bench.variants import Variant, of_checkpoint, of_shape, packed_linears
 from llmq.errors import LlmqError
 from llmq.kernels.kernel import Kernel
 from llmq.kernels.registry import KERNELS
-from llmq.serving.fused import joined_linears
+from llmq.serving.fused import fused_linears
 from llmq.serving.linear import QuantLinear
 from llmq.serving.overrides import kernels_overridden
 from tests.fixtures import tiny_tokenizer, with_run
@@ -100,7 +100,7 @@ def test_a_checkpoint_is_compared_with_its_original(tmp_path: Path) -> None:
     llmq.quantize(tmp_path / "original", tmp_path / "packed", RTN)
     forms = of_checkpoint(tmp_path / "original", str(tmp_path / "packed"), "bfloat16", "cpu")
     assert [variant.name for variant in forms] == ["original", "packed", "fused"]
-    assert [len(joined_linears(variant.model)) for variant in forms] == [0, 0, 4]
+    assert [len(fused_linears(variant.model)) for variant in forms] == [0, 0, 4]
     rows, missing = speed.measure_speed(forms, SIZES, 60)
     assert len(rows) == 3 * 5
     assert missing == []
@@ -115,7 +115,7 @@ def test_forms_share_their_tensors(variants: list[Variant]) -> None:
     first, other = (model.model.layers[0].self_attn.q_proj for model in (packed, fused))
     assert isinstance(first, QuantLinear)
     assert first.weight_packed is other.weight_packed
-    assert first.together is None
+    assert first.fusion is None
     assert isinstance(original.model.layers[0].self_attn.q_proj, torch.nn.Linear)
     assert resident_bytes(original) == sum(t.nbytes for t in (*original.parameters(), *original.buffers()))
     stored = sum(t.nbytes for t in (*packed.parameters(), *packed.buffers()))

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmq.core.grid import Grid, fit, fit_full_range, quantize
+from llmq.core.grid import Grid, fit, quantize
 from llmq.core.packing import pack
 from llmq.core.quantized import QuantizedWeight
 from llmq.errors import LlmqError
@@ -25,6 +25,7 @@ from llmq.kernels import cpu_int4, reference, slab
 from llmq.kernels.kernel import Kernel
 from llmq.kernels.problem import Packed, Problem
 from llmq.kernels.registry import KERNELS, choose, kernel_ranges
+from tests.fixtures import fit_full_range
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = ((32, 2), (48, 3), (5, 1))  # rows, groups

@@ -116,14 +116,14 @@ def suspended_bytes(block: nn.Module, hidden: Sequence[Tensor]) -> int:
 
 
 def elements_per_batch(block: nn.Module, batch: int, tokens: int, width: int) -> int:
-    """Elements that one suspended forward holds at most: the output of every linear, four hidden states, and the attention
-    probabilities where the block computes them itself.
+    """Elements that one suspended forward holds at the worst stop: two hidden states, the widest input of a linear, and the
+    attention probabilities where the block computes them itself.
 
     Attention by torch's fused kernels keeps no probabilities. Blocks whose config names no such kernel are taken to
     keep [batch, heads, tokens, tokens] of them.
     """
-    widths = sum(m.out_features for m in block.modules() if isinstance(m, nn.Linear)) + 4 * width
-    return batch * tokens * (widths + _attention_heads(block) * tokens)
+    widest = max((m.in_features for m in block.modules() if isinstance(m, nn.Linear)), default=0)
+    return batch * tokens * (2 * width + widest + _attention_heads(block) * tokens)
 
 
 def _attention_heads(block: nn.Module) -> int:

@@ -46,12 +46,15 @@ def test_scales_default_by_method() -> None:
 NAN, INF = float("nan"), float("inf")
 
 
+NAMES = ", ".join(row.name for row in METHODS)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("method", "magic", "method must be one of rtn, gptq, awq, awq+gptq; got 'magic'"),
-        ("method", ["rtn"], "method must be one of rtn, gptq, awq, awq+gptq; got ['rtn']"),
-        ("method", None, "method must be one of rtn, gptq, awq, awq+gptq; got None"),
+        ("method", "magic", f"method must be one of {NAMES}; got 'magic'"),
+        ("method", ["rtn"], f"method must be one of {NAMES}; got ['rtn']"),
+        ("method", None, f"method must be one of {NAMES}; got None"),
         ("bits", 5, "bits must be one of 2, 3, 4, 8; got 5"),
         ("bits", "4", "bits must be one of 2, 3, 4, 8; got '4'"),
         ("bits", 4.0, "bits must be one of 2, 3, 4, 8; got 4.0"),

@@ -21,7 +21,7 @@ from llmq.core.packing import pack
 from llmq.core.quantized import QuantizedWeight
 from llmq.errors import LlmqError
 from llmq.formats import IN_MEMORY
-from llmq.kernels import cpu_int4, reference, slab
+from llmq.kernels import cpu_int4, reference, slab, wna16
 from llmq.kernels.kernel import Kernel
 from llmq.kernels.problem import Packed, Problem
 from llmq.kernels.registry import KERNELS, choose, kernel_ranges
@@ -115,10 +115,12 @@ def test_reference_equals_the_formula(case: tuple[int, int, int, int, bool]) -> 
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("kernel", [cpu_int4.KERNEL, slab.KERNEL], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_kernels_equal_the_reference(kernel: Kernel, case: tuple[int, int, int, int, bool]) -> None:
     rows, groups, size, bits, symmetric = case
     packed = packed_of(weight_of(rows, groups * size, size, bits, symmetric))
+    if all(kernel.refusal(problem_of(packed, dtype)) for dtype in (torch.float64, F32, F16, BF16)):
+        pytest.skip(f"{kernel.name} {kernel.refusal(problem_of(packed, BF16))}")
     for dtype, tolerance in ((torch.float64, 1e-6), (F32, 1e-6), (F16, 2**-10), (BF16, ROUNDED_TWICE)):
         if kernel.refusal(problem_of(packed, dtype)):
             continue
@@ -222,6 +224,8 @@ def test_slab_operator_passes_opcheck() -> None:
 
 
 PROBLEM = Problem(32, 192, 4, 64, True, BF16, BF16, "cpu")
+FOUR = (cpu_int4.KERNEL, wna16.KERNEL, slab.KERNEL, reference.KERNEL)
+"""The kernels that the tests of the choice are about, whatever else the registry holds."""
 
 
 @pytest.mark.parametrize(
@@ -241,7 +245,7 @@ def test_refusals_state_rule_and_value(change: dict[str, Any], reason: str) -> N
     refusal = cpu_int4.refusal(problem)
     assert refusal is not None
     assert reason in refusal
-    choice = choose(problem, 1)
+    choice = choose(problem, 1, kernels=FOUR)
     assert choice.kernel is slab.KERNEL
     refused = dict(choice.refused)
     assert list(refused) == ["cpu_int4", "triton", "reference"]
@@ -255,27 +259,27 @@ def test_a_cpu_without_vector_code_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_number_of_rows_decides_the_kernel() -> None:
     most = cpu_int4.MAX_ROWS
-    assert choose(PROBLEM, most).kernel is cpu_int4.KERNEL
-    later = dict(choose(PROBLEM, 0).refused)
+    assert choose(PROBLEM, most, kernels=FOUR).kernel is cpu_int4.KERNEL
+    later = dict(choose(PROBLEM, 0, kernels=FOUR).refused)
     assert (later["slab"], later["reference"]) == ("comes after cpu_int4", "comes after cpu_int4")
-    many = choose(PROBLEM, most + 1)
+    many = choose(PROBLEM, most + 1, kernels=FOUR)
     assert many.kernel is slab.KERNEL
     assert many.refused[0] == ("cpu_int4", f"runs at most {most} rows")
-    ranges = [(entry.max_rows, entry.kernel) for entry in kernel_ranges(PROBLEM)]
+    ranges = [(entry.max_rows, entry.kernel) for entry in kernel_ranges(PROBLEM, kernels=FOUR)]
     assert ranges == [(most, cpu_int4.KERNEL), (None, slab.KERNEL)]
 
 
 def test_a_forced_kernel_runs_every_m_or_states_why_not() -> None:
     for kernel in (cpu_int4.KERNEL, slab.KERNEL, reference.KERNEL):
-        choice = choose(PROBLEM, 10**6, kernel.name)
+        choice = choose(PROBLEM, 10**6, kernel.name, FOUR)
         assert choice.kernel is kernel
         others = [reason for name, reason in choice.refused if name != "triton"]
         assert others == [f"is not used because {kernel.name} is forced"] * 2
     message = "cpu_int4 requires bfloat16 input; got float32; triton .*; slab can run it; reference can run it"
     with pytest.raises(LlmqError, match=message):
-        choose(replace(PROBLEM, dtype=F32), 1, "cpu_int4")
+        choose(replace(PROBLEM, dtype=F32), 1, "cpu_int4", FOUR)
     with pytest.raises(LlmqError, match="kernel must be one of cpu_int4, triton, slab, reference; got 'marlin'"):
-        choose(PROBLEM, 1, "marlin")
+        choose(PROBLEM, 1, "marlin", FOUR)
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
@@ -290,6 +294,10 @@ def test_every_kernel_keeps_the_contract(kernel: Kernel) -> None:
     assert any(isinstance(getattr(runtime, field.name), Tensor) for field in fields(runtime))
     assert torch.equal(kernel.run(torch.zeros(1, 64, dtype=BF16), runtime, bias)[0], bias)
     assert kernel.run(torch.zeros(0, 64, dtype=BF16), runtime).shape == (0, 32)
+    x = torch.zeros(2, 64, dtype=BF16, requires_grad=True)
+    kernel.run(x, runtime).sum().backward()
+    assert x.grad is not None
+    assert_near(x.grad, reference.dequantize(packed, torch.float64).sum(0).expand(2, 64), ROUNDED_TWICE)
 
 
 @pytest.mark.parametrize("default", [F16, BF16, torch.float64], ids=str)

@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 # The oldest transformers and Triton that are supported; GPU builds of torch 2.11 bring that Triton.
 OLDEST = .venv-oldest
 
-.PHONY: demo test test-oldest test-slow lint check-kernels self-test venv clean
+.PHONY: demo test test-oldest test-slow test-gpu lint check-kernels self-test venv clean
 
 venv: $(VENV)/.made
 
@@ -30,6 +30,10 @@ test-oldest: $(OLDEST)/.made
 
 test-slow: venv
 	$(BIN)/python -m pytest -q -m slow
+
+# On a machine with a CUDA device; skipped with a reason elsewhere.
+test-gpu: venv
+	$(BIN)/python -m pytest -q -m gpu -rs
 
 lint: venv
 	$(BIN)/ruff check .

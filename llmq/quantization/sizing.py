@@ -46,7 +46,7 @@ class StoredTensor(Protocol):
 
 
 class Sized(Protocol):
-    """What is asked of a source (`llmq.hf.source_base.Source`)."""
+    """The part of a source (`llmq.hf.source_base.Source`) that sizes are computed from."""
 
     model: nn.Module
     config: Any
@@ -73,7 +73,13 @@ class PreviewRow:
 
 @dataclass(frozen=True)
 class Preview:
-    """rows: every tensor. memory: predicted peak bytes by part (see the module). notes: what is not done as asked."""
+    """The prediction for a run.
+
+    Fields:
+        rows: every tensor.
+        memory: predicted peak bytes by part (see the module).
+        notes: what differs from the request.
+    """
 
     rows: tuple[PreviewRow, ...]
     memory: dict[str, int]

@@ -18,3 +18,12 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"the tests of {ROOT} would test the llmq in {found}: run `pip install -e {ROOT}`")
     if not config.getoption("-m").startswith("slow"):
         torch.set_num_threads(1)
+
+
+LONG = ("test_wna16.py::test_kernels_in_the_interpreter", "test_whole_models.py::test_tiny_models_in_the_interpreter")
+"""Minutes each, in processes of their own."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the longest tests first, so that no worker waits for another's at the end."""
+    items.sort(key=lambda item: not item.nodeid.endswith(LONG))  # stable

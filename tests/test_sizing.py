@@ -45,4 +45,6 @@ def test_the_predicted_peak_is_near_the_measured_one(tmp_path: Path, method: str
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.strip().splitlines()[-1])
+    if found["before"] > 800 << 20:
+        pytest.skip("Linux counts the parent's resident memory in a child's peak: run this file by itself")
     assert found["predicted"] == pytest.approx(found["measured"], rel=0.2), found

@@ -31,7 +31,6 @@ from llmq.errors import LlmqError
 from llmq.memory import available_bytes
 
 OUT_OF_ORDER = "linears of a decoder block run in a different order from call to call, which is not supported"
-SHARE_OF_MEMORY = 0.5  # of the memory that is available: what suspended activations may take
 
 Forward = Callable[[], Tensor]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -101,13 +100,14 @@ def staged(
 
 
 def fits_suspended(block: nn.Module, hidden: Sequence[Tensor]) -> bool:
-    """Whether the activations of all batches inside `block` fit into half of the memory that is available.
+    """Whether the activations of all batches inside `block` fit into `suspended_limit`."""
+    return not hidden or suspended_bytes(block, hidden) <= suspended_limit(hidden[0].device)
 
-    Where the platform does not tell how much memory is available, 1 GiB is taken.
-    """
-    available = available_bytes(hidden[0].device) if len(hidden) else None
-    limit = 1 << 30 if available is None else int(available * SHARE_OF_MEMORY)
-    return not hidden or suspended_bytes(block, hidden) <= limit
+
+def suspended_limit(device: torch.device) -> int:
+    """Bytes that suspended activations may take: half of the memory available on `device`; 1 GiB where that is unknown."""
+    available = available_bytes(device)
+    return 1 << 30 if available is None else available // 2
 
 
 def suspended_bytes(block: nn.Module, hidden: Sequence[Tensor]) -> int:

@@ -24,10 +24,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from llmq.blocks.replay import SHARE_OF_MEMORY, elements_per_batch
+from llmq.blocks.replay import elements_per_batch, suspended_limit
 from llmq.config import QuantConfig, method
 from llmq.formats.base import TensorSpec
-from llmq.memory import available_bytes, peak_rss_bytes
+from llmq.memory import peak_rss_bytes
 from llmq.quantization.holdout import is_undersampled
 from llmq.quantization.plan import Plan, Planned
 
@@ -173,8 +173,7 @@ def _memory(source: Sized, plan: Plan, config: QuantConfig, windows: int, length
     matrices = 5 if row.transform else 4 if is_undersampled(windows * length, wide) else 3
     hidden = source.config.get_text_config().hidden_size
     suspended = elements_per_batch(blocks[0], windows, length, hidden) * size
-    available = available_bytes(torch.device("cpu"))
-    fits = suspended <= (1 << 30 if available is None else available * SHARE_OF_MEMORY)
+    fits = suspended <= suspended_limit(torch.device("cpu"))
     return parts | {
         "moments": matrices * 4 * wide * wide,
         "activations": 2 * windows * length * hidden * size,

@@ -79,8 +79,16 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 @pytest.fixture(
     scope="module",
-    params=[("qwen2", 4, True), ("qwen2", 4, False), ("opt", 4, False), ("opt", 8, True), ("qwen2", 8, False)],
-    ids=lambda value: f"{value[0]}-int{value[1]}-{'sym' if value[2] else 'asym'}",
+    params=[
+        pytest.param((arch, bits, symmetric), id=f"{arch}-int{bits}-{'sym' if symmetric else 'asym'}", marks=marks)
+        for arch, bits, symmetric, marks in (
+            ("qwen2", 4, True, ()),
+            ("opt", 4, False, ()),
+            ("opt", 8, True, ()),
+            ("qwen2", 4, False, pytest.mark.slow),
+            ("qwen2", 8, False, pytest.mark.slow),
+        )
+    ],
 )
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Expected]:
     arch, bits, symmetric = request.param

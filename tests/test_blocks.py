@@ -291,7 +291,7 @@ def test_linears_are_grouped_by_the_input_they_share(arch: str) -> None:
 
 
 class TwoLinears(nn.Module):
-    """A block that runs one of its linears as often as it is told."""
+    """A block that runs one of its linears a chosen number of times."""
 
     def __init__(self, times: int) -> None:
         super().__init__()

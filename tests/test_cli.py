@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,23 @@ def run(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]
     return done
 
 
-def last(done: subprocess.CompletedProcess[str]):  # type: ignore[no-untyped-def]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+Call = Callable[..., str]
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    """As `run`, in this process: what the command printed on stdout."""
+    monkeypatch.setattr("llmq.memory.map_large_tensors", lambda: None)  # it would last for the process
+
+    def in_this_process(*arguments: object) -> str:
+        app([str(each) for each in arguments], standalone_mode=False)
+        return capfd.readouterr().out
+
+    return in_this_process
+
+
+def last(done: subprocess.CompletedProcess[str] | str):  # type: ignore[no-untyped-def]
+    return json.loads((done if isinstance(done, str) else done.stdout).strip().splitlines()[-1])
 
 
 def test_quantize_evaluate_generate(source: Path, tmp_path: Path) -> None:
@@ -99,9 +115,9 @@ def test_evaluate_models_with_different_contexts_and_unusual_names(source: Path,
     assert second["speed"]["weight_bytes"] == first["speed"]["weight_bytes"] > 0
 
 
-def test_less_calibration_data_than_requested_is_reported(source: Path, tmp_path: Path) -> None:
+def test_less_calibration_data_than_requested_is_reported(source: Path, tmp_path: Path, call: Call) -> None:
     size = ("--seq-len", 4096, "--num-samples", 64, "--group-size", 32)
-    values = last(run("quantize", source / "model", "-o", tmp_path / "out", *size, "--dataset", source / "text.txt"))
+    values = last(call("quantize", source / "model", "-o", tmp_path / "out", *size, "--dataset", source / "text.txt"))
     assert "calibration windows of 128 tokens, not 4096: the model's context" in values["notes"]
     assert "31 calibration windows, not 64: all that the text gives" in values["notes"]
 
@@ -114,11 +130,11 @@ def test_default_output_names(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert default_output(name, llmq.QuantConfig("rtn")) == Path(f"{base}-rtn-w4g128")
 
 
-def test_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
-    done = run("quantize", source / "model", "-o", tmp_path / "out", "--group-size", 32, "--dry-run")
+def test_dry_run_writes_nothing(source: Path, tmp_path: Path, call: Call) -> None:
+    shown = call("quantize", source / "model", "-o", tmp_path / "out", "--group-size", 32, "--dry-run")
     assert not (tmp_path / "out").exists()
-    assert last(done)["after"] < last(done)["before"]
-    assert "int4 g32" in done.stdout
+    assert last(shown)["after"] < last(shown)["before"]
+    assert "int4 g32" in shown
 
 
 def test_the_model_generates_its_own_calibration_text(source: Path, tmp_path: Path) -> None:
@@ -158,7 +174,15 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda value: str(value)[:40])
-def test_bad_input_is_one_line_and_status_2(source: Path, tmp_path: Path, arguments, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_bad_input_is_one_line_and_status_2(  # type: ignore[no-untyped-def]
+    source: Path,
+    tmp_path: Path,
+    arguments,
+    message: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("llmq.memory.map_large_tensors", lambda: None)  # it would last for the process
     (tmp_path / "short.txt").write_text("w1 w2")
     (tmp_path / "broken.jsonl").write_text('{"messages": [{"role": "user", "content": "w1"}]}\n{"messages": [')
     names = {"MODEL": source / "model", "SHORT": tmp_path / "short.txt", "BROKEN": tmp_path / "broken.jsonl"}
@@ -174,15 +198,29 @@ def test_bad_input_is_one_line_and_status_2(source: Path, tmp_path: Path, argume
             config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8}
             (names[name] / "config.json").write_text(json.dumps(config))
     out = ("-o", tmp_path / "out") if arguments[0] == "quantize" else ()
-    done = run(*(names.get(a, a) for a in arguments), *out, status=2)
-    assert message in done.stderr
+    with pytest.raises(SystemExit) as ended:
+        app([*(str(names.get(a, a)) for a in arguments), *map(str, out)])
+    assert ended.value.code == 2
+    shown = capfd.readouterr().err
+    assert message in shown
+    if "--bits" not in arguments:  # the parser's own errors are in a box
+        assert shown.splitlines()[-1].startswith("error: ")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_method_without_data_notes_that_a_calibration_is_not_used(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "script", [("quantize",), ("evaluate",), ("generate", "--prompt", "w3")], ids=lambda each: each[0]
+)
+def test_a_script_ends_with_one_line_and_status_2(script: tuple[str, ...]) -> None:
+    done = run(*script, "/nowhere/model", status=2)
+    assert done.stderr.startswith("error: no such folder: /nowhere/model")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_method_without_data_notes_that_a_calibration_is_not_used(source: Path, tmp_path: Path, call: Call) -> None:
     arguments = ("quantize", source / "model", "--method", "rtn", "--group-size", 32)
-    given = last(run(*arguments, "-o", tmp_path / "a", "--dataset", "nowhere.txt"))["notes"]
-    none = last(run(*arguments, "-o", tmp_path / "b"))["notes"]
+    given = last(call(*arguments, "-o", tmp_path / "a", "--dataset", "nowhere.txt"))["notes"]
+    none = last(call(*arguments, "-o", tmp_path / "b"))["notes"]
     assert given == [*none, "method rtn uses no calibration data; what was given is not used"]
 
 
@@ -258,9 +296,9 @@ def test_help_answers_at_once() -> None:
     assert min(times) < 1.0
 
 
-def test_equal_notes_of_a_dry_run_are_one_line(source: Path, tmp_path: Path) -> None:
-    done = run("quantize", source / "model", "-o", tmp_path / "out", "--group-size", 128, "--dry-run")
-    notes = [line for line in done.stdout.splitlines() if line.startswith("note:") and "does not divide" in line]
-    assert notes, done.stdout
+def test_equal_notes_of_a_dry_run_are_one_line(source: Path, tmp_path: Path, call: Call) -> None:
+    shown = call("quantize", source / "model", "-o", tmp_path / "out", "--group-size", 128, "--dry-run")
+    notes = [line for line in shown.splitlines() if line.startswith("note:") and "does not divide" in line]
+    assert notes, shown
     assert all(".layers.{0-" in note for note in notes)
     assert len({note.partition(": groups of")[2] for note in notes}) == len(notes)

@@ -1,4 +1,4 @@
-"""The gap between fitted and held-out windows: measured where tokens are few, told by width, never in the weights' way."""
+"""The gap between fitted and held-out windows: measured where tokens are few, reported by width; weights stay the same."""
 
 from __future__ import annotations
 
@@ -109,15 +109,15 @@ def test_measuring_changes_no_byte(method: str, windows: int, tmp_path: Path, mo
     assert len({(tmp_path / name / "model.safetensors").read_bytes() for name in ("with", "without")}) == 1
 
 
-def test_few_tokens_are_told_by_width_and_many_are_not(tmp_path: Path) -> None:
+def test_few_tokens_are_noted_by_width_and_many_are_not(tmp_path: Path) -> None:
     config, model = llmq.QuantConfig(group_size=32), tiny_model("llama", layers=2)
     report = llmq.quantize(model, tmp_path / "few", config, ids(3))
     lines = [note for note in report.notes if "calibration tokens" in note and "saw only" in note]
     assert [line.split("layers with ")[1].split(" inputs")[0] for line in lines] == ["64", "128"]
     assert all("saw only 96 calibration tokens" in line for line in lines)
-    told = json.loads((tmp_path / "few" / "llmq_report.json").read_text())
-    assert set(lines) <= set(told["notes"])
-    assert all(row["holdout_ratio"] > 1 for row in told["layers"])
+    report = json.loads((tmp_path / "few" / "llmq_report.json").read_text())
+    assert set(lines) <= set(report["notes"])
+    assert all(row["holdout_ratio"] > 1 for row in report["layers"])
     report = llmq.quantize(model, tmp_path / "many", config, ids(64))  # 2048 tokens: 32 and 16 per input
     assert all(row.holdout_ratio is None for row in report.layers)
     assert not any("saw only" in note for note in report.notes)

@@ -116,7 +116,7 @@ def test_channels_of_grouped_and_fused_heads() -> None:
     assert torch.equal(pair.channels, torch.arange(INTERMEDIATE, 2 * INTERMEDIATE)), "up is the second half"
 
 
-def test_norms_that_add_one_are_told_from_those_that_do_not() -> None:
+def test_norms_that_add_one_are_recognized() -> None:
     forms = {}
     for arch in ("llama", "gemma2", "opt"):
         block, call, hidden, groups = taken_apart(arch)

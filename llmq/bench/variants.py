@@ -24,9 +24,10 @@ from llmq.bench.random_models import random_model
 from llmq.config import QuantConfig
 from llmq.errors import LlmqError
 from llmq.eval.models import wait
-from llmq.hf.forward import shared_inputs, sharing_copy
+from llmq.hf.forward import shared_inputs
 from llmq.hf.inference import open_model
 from llmq.hf.quantizer import load
+from llmq.hf.skeleton import sharing_copy
 from llmq.hf.source_base import quiet
 from llmq.hf.text_decoder import text_decoder
 from llmq.methods.base import Target

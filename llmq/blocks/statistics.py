@@ -5,7 +5,7 @@ the windows of a lane are summed in order, and then the lanes are added in order
 lanes get the same bits. Batches hold windows of one lane (`split_into_lanes`) and are observed lane by lane, so
 that one lane's sum and the total are all that is ever in memory.
 
-H is symmetric: only panels on and right of the diagonal are computed (0.6 of the work at four panels) and mirrored once.
+H is symmetric: only panels on and right of the diagonal are computed (0.56 of the work at eight panels) and mirrored once.
 Left out: float64 sums. Each window holds a thousand tokens or more, which the matrix product sums before they are added.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from llmq.errors import LlmqError
 
 LANES = 8
-PANEL = 384
+PANEL = 192
 HELD_OUT = 4
 """One window of this many is held out."""
 

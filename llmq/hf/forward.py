@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -15,6 +13,7 @@ from transformers import PreTrainedModel
 from llmq.blocks.capture import Captured, capture
 from llmq.blocks.topology import Group, input_groups, model_groups, structure
 from llmq.errors import LlmqError
+from llmq.hf.skeleton import sharing_copy
 from llmq.hf.source_base import Source
 from llmq.hf.text_decoder import text_decoder
 
@@ -37,11 +36,6 @@ def capture_blocks(source: Source, batches: Sequence[Tensor]) -> Captured:
 def probe_ids(model: PreTrainedModel) -> Tensor:
     """A few token ids, int64 [1, PROBE_TOKENS], of the model's vocabulary."""
     return torch.arange(PROBE_TOKENS).remainder(model.config.get_text_config().vocab_size)[None]
-
-
-def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a model's modules that holds the very tensors of `model`."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
 
 
 def shared_inputs(model: PreTrainedModel, needed: Mapping[str, Collection[str]]) -> dict[str, tuple[Group, ...]]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, TextStreamer
+from transformers import TextStreamer
 
-from llmq.errors import LlmqError
 from llmq.hf.quantizer import load, quantization_config_of
+from llmq.hf.sidefiles import load_tokenizer
 from llmq.hf.source import open_source
 from llmq.hf.source_base import quiet
 
@@ -25,7 +25,7 @@ def open_model(source: Any, dtype: str, device: str = "cpu", revision: str | Non
         placed: dict[str, Any] = {} if device == "cpu" else {"device_map": device}
         with quiet():
             model = load(source, dtype=dtype, **placed, **hub)
-            return model.eval(), _tokenizer(source, hub)
+            return model.eval(), load_tokenizer(source, **hub)
     opened = open_source(source, dtype=dtype, device=device, revision=revision)
     opened.load_outer()
     for index in range(len(opened)):
@@ -47,14 +47,3 @@ def _is_packed(source: Any, hub: dict[str, Any]) -> bool:
             return quantization_config_of(source, **hub) is not None
     except (OSError, ValueError):
         return False
-
-
-def _tokenizer(source: Any, hub: dict[str, Any]) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **hub)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, RuntimeError) as error:
-        lines = str(error).strip().splitlines()
-        raise LlmqError(
-            f"{source} has no tokenizer that can be loaded ({lines[0] if lines else type(error).__name__}); "
-            "put its files (tokenizer.json, tokenizer_config.json) beside the weights"
-        ) from error

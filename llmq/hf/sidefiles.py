@@ -122,14 +122,21 @@ class SideFiles:
                 "the loaded model does not say where its tokenizer is (name_or_path is empty); "
                 "save model and tokenizer to one folder and use that folder"
             )
-        extra = {"gguf_file": self._gguf_file} if self._gguf_file else {}
-        try:
-            return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **extra)
-        except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, RuntimeError) as error:
-            raise LlmqError(
-                f"{where} has no tokenizer that can be loaded ({_first_line(error)}); "
-                "put its files (tokenizer.json, tokenizer_config.json) next to the weights"
-            ) from error
+        return load_tokenizer(where, **({"gguf_file": self._gguf_file} if self._gguf_file else {}))
+
+
+def load_tokenizer(source: Any, **options: Any) -> Any:
+    """The tokenizer of a folder or repo id. options: of `AutoTokenizer.from_pretrained`.
+
+    Raises `LlmqError`, with the reason and a remedy, where it cannot be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, RuntimeError) as error:
+        raise LlmqError(
+            f"{source} has no tokenizer that can be loaded ({_first_line(error)}); "
+            "put its files (tokenizer.json, tokenizer_config.json) next to the weights"
+        ) from error
 
 
 def tokenizer_files(folder: Path) -> Iterator[Path]:

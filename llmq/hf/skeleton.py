@@ -7,8 +7,10 @@ parameters; here they cannot overwrite weights that are already loaded.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterable
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -68,3 +70,8 @@ def compute_buffers(model: PreTrainedModel, device: torch.device, missing: Itera
                 f"transformers does not compute {full} of {type(model).__name__}; "
                 "load the model with from_pretrained and use the loaded model"
             )
+
+
+def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model's modules that holds the very tensors of `model`."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from llmq.errors import LlmqError
 from llmq.hf.sidefiles import SideFiles
-from llmq.hf.skeleton import build_skeleton
+from llmq.hf.skeleton import build_skeleton, sharing_copy
 from llmq.hf.source_base import Source, quiet
 
 
@@ -37,8 +37,7 @@ class InMemorySource(Source):
         notes: tuple[str, ...] = (),
     ) -> None:
         _refuse_scattered(model)
-        tensors = chain(model.parameters(), model.buffers())
-        shared = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+        shared = sharing_copy(model)
         shared.eval()
         shared.config.dtype = dtype
         super().__init__(shared, dtype, device, side, description, notes)

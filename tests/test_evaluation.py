@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from llmq.errors import LlmqError
 from llmq.eval.perplexity import perplexity
 from llmq.evaluation import Evaluation, evaluate, generate_text
-from llmq.hf import inference
+from llmq.hf import inference, sidefiles
 from llmq.serving.linear import QuantLinear
 from tests.fixtures import checkpoint, tiny_tokenizer
 from tests.tiny import VOCAB, tiny_model
@@ -162,6 +162,6 @@ def test_a_tokenizer_that_cannot_be_loaded_is_one_error(folder: Path, monkeypatc
         def from_pretrained(*args: Any, **kwargs: Any) -> None:
             raise KeyError
 
-    monkeypatch.setattr(inference, "AutoTokenizer", Failing)
+    monkeypatch.setattr(sidefiles, "AutoTokenizer", Failing)
     with pytest.raises(LlmqError, match=r"packed has no tokenizer that can be loaded \(KeyError\)"):
         inference.open_model(folder / "packed", "bfloat16")

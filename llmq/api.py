@@ -31,6 +31,7 @@ from llmq.config import SELF, Calibration, QuantConfig, method
 from llmq.errors import LlmqError
 from llmq.memory import peak_rss_bytes, trim_heap
 from llmq.quantization.block import BlockInputs, BlockResult, BlockState
+from llmq.quantization.experts import COUNTED, expert_notes, is_expert
 from llmq.quantization.holdout import few_tokens_notes
 from llmq.quantization.pipeline import Step, quantize_blocks
 from llmq.quantization.plan import Plan, make_plan
@@ -78,7 +79,9 @@ def quantize(
     refuse_overlap(output, _inputs(source, calibration))
     opened = open_source(source, dtype=config.dtype, device=pick_device(device), revision=revision)
     refuse_overlap(output, opened.files)
-    plan = make_plan(opened.model, config, opened.dtype, partial(find_shared_inputs, opened))
+    plan = make_plan(
+        opened.model, config, opened.dtype, partial(find_shared_inputs, opened), stacks=opened.experts.stacks
+    )
     specs = planned_specs(opened, plan)
     with StagedCheckpoint(Path(output), specs, max_shard_size, overwrite) as staged:
         # Before hours of work: a config or tokenizer that cannot be saved is found now.
@@ -95,11 +98,12 @@ def quantize(
             bits_per_weight=bits_per_weight(plan),
             checkpoint_bytes=sum(spec.nbytes for spec in specs.values()),
             calibration=used,
-            fallbacks=tuple(f"{row.name}: {note}" for row in rows for note in row.notes),
+            fallbacks=tuple(f"{row.name}: {note}" for row in rows for note in row.notes if note not in COUNTED),
             notes=(
                 *opened.notes,
                 *window_notes,
-                *few_tokens_notes((row.shape[1], row.tokens, row.holdout_ratio) for row in rows),
+                *few_tokens_notes((row.shape[1], row.tokens, row.holdout_ratio) for row in rows if not is_expert(row)),
+                *expert_notes(rows),
             ),
             versions=_versions(),
             layers=tuple(rows),
@@ -140,7 +144,9 @@ def preview(
 
     config = config or QuantConfig()
     opened = open_source(source, dtype=config.dtype, device="cpu", revision=revision)
-    plan = make_plan(opened.model, config, opened.dtype, partial(find_shared_inputs, opened))
+    plan = make_plan(
+        opened.model, config, opened.dtype, partial(find_shared_inputs, opened), stacks=opened.experts.stacks
+    )
     calibration = calibration or Calibration()
     if not method(config.method).calibrated:
         return make_preview(opened, plan, config, 0, 0)
@@ -222,13 +228,14 @@ def _run(
 
 
 def _write_block(source: Source, plan: Plan, result: BlockResult, staged: StagedCheckpoint) -> None:
-    dense = {f"{source.checkpoint_name(name)}.weight": weight for name, weight in result.codes.items()}
+    stored = {source.checkpoint_name(name): weight for name, weight in result.codes.items()}
+    replaced = {name for name, linears in source.experts.replaced.items() if linears[0] in result.codes}
     for name, tensor in source.block_tensors(result.index):
-        if name not in dense:
+        if name.removesuffix(".weight") not in stored and name not in replaced:
             staged.write(name, tensor)
-    for name, weight in dense.items():
+    for name, weight in stored.items():
         for suffix, tensor in plan.format.encode(weight).items():
-            staged.write(f"{name.removesuffix('weight')}{suffix}", tensor)
+            staged.write(f"{name}.{suffix}", tensor)
 
 
 def quantization_config(source: Source, plan: Plan, config: QuantConfig) -> dict[str, Any]:

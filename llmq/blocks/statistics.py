@@ -63,7 +63,7 @@ class LaneSum:
     """A float32 sum of tensors of one shape, lane by lane. Lanes must come in ascending order."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
-        self._shape, self._device = shape, device
+        self.shape, self.device = shape, device
         self._total: Tensor | None = None
         self._part: Tensor | None = None
         self._lane = -1
@@ -73,7 +73,7 @@ class LaneSum:
         if self._part is None or lane != self._lane:
             assert lane > self._lane, "lanes must come in ascending order"
             self._close()
-            self._part = torch.zeros(self._shape, dtype=torch.float32, device=self._device)
+            self._part = torch.zeros(self.shape, dtype=torch.float32, device=self.device)
             self._lane = lane
         return self._part
 
@@ -81,7 +81,7 @@ class LaneSum:
         """The sum over all lanes; nothing can be added after. The memory of the parts is reused."""
         self._close()
         if self._total is None:
-            return torch.zeros(self._shape, dtype=torch.float32, device=self._device)
+            return torch.zeros(self.shape, dtype=torch.float32, device=self.device)
         return self._total
 
     def _close(self) -> None:
@@ -105,6 +105,10 @@ class SecondMoment:
             panel = x[:, start : start + PANEL]
             total[start : start + PANEL, start:].addmm_(panel.T, x[:, start:])
         self.tokens += x.shape[0]
+
+    def empty(self) -> Tensor:
+        """The moment of no token: zeros, float32 [K, K]."""
+        return LaneSum(self._sum.shape, self._sum.device).value()
 
     def value(self, name: str) -> Tensor:
         """H float32 [K, K], symmetric; nothing can be added after.

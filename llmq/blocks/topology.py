@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,13 @@ def input_groups(
     return _grouped(seen, modules, modules if needed is None else needed, type(block).__name__)
 
 
+def run_order(block: nn.Module, call: Call, hidden: Tensor, names: Collection[str]) -> tuple[str, ...]:
+    """`names` of modules of `block` that run for `hidden` [batch, tokens, width], in the order in which they first do."""
+    with _watched({name: block.get_submodule(name) for name in names}) as seen, torch.no_grad():
+        call(block, hidden)
+    return tuple(dict.fromkeys(name for name, _ in seen))
+
+
 def model_groups(
     model: nn.Module, run: Callable[[Tensor], object], ids: Tensor, needed: Mapping[str, Collection[str]]
 ) -> dict[str, tuple[Group, ...]]:
@@ -68,12 +76,13 @@ def structure(block: nn.Module) -> tuple[object, ...]:
 
 @contextmanager
 def _watched(modules: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Tensor]]]:
-    """While open: the name and input of each of `modules` that runs is appended to the list."""
+    """While open: the name and first argument of each of `modules` that runs is appended to the list."""
     seen: list[tuple[str, Tensor]] = []
-    handles = [
-        module.register_forward_pre_hook(lambda _, inputs, name=name: seen.append((name, inputs[0])))
-        for name, module in modules.items()
-    ]
+
+    def hook(name: str) -> Any:
+        return lambda _, args, kwargs: seen.append((name, args[0] if args else next(iter(kwargs.values()))))
+
+    handles = [module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in modules.items()]
     try:
         yield seen
     finally:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from llmq.blocks.capture import Captured, capture
+from llmq.blocks.stacks import find_stacks
 from llmq.blocks.topology import Group, input_groups, model_groups, structure
 from llmq.errors import LlmqError
 from llmq.hf.skeleton import sharing_copy
@@ -47,8 +49,18 @@ def shared_inputs(model: PreTrainedModel, needed: Mapping[str, Collection[str]])
     if not any(parameter.is_meta for parameter in model.parameters()):
         return model_groups(model, partial(run_decoder, model), ids, needed)
     model = sharing_copy(model)  # modules may keep what they compute
+    for name in dict.fromkeys(stack.module for stack in find_stacks(model)):
+        model.set_submodule(name, _WithoutExperts())
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         return model_groups(model, partial(run_decoder, model), mode.from_tensor(ids.to("meta")), needed)
+
+
+class _WithoutExperts(nn.Module):
+    """Stands for a module of experts where only shapes matter: which expert gets which tokens depends on data."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        return torch.zeros_like(given)
 
 
 def find_shared_inputs(source: Source, needed: Mapping[str, Collection[str]]) -> dict[str, tuple[Group, ...]]:

@@ -33,6 +33,7 @@ from llmq.checkpoint.reader import Checkpoint, open_checkpoint
 from llmq.errors import LlmqError
 from llmq.formats import FORMATS, IN_MEMORY, format_of, unsupported_reason
 from llmq.formats.base import Format
+from llmq.hf.experts import without_merging
 from llmq.hf.text_decoder import text_decoder
 from llmq.hf.verify import PackedLinear, find_linears
 from llmq.serving.fused import fuse_linears, make_ready
@@ -92,6 +93,12 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             rows, columns = linear.shape
             module = QuantLinear(columns, rows, linear.scheme, linear.bias, config.kernel, "meta")
             model.set_submodule(linear.name, module)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """Packed experts are loaded one by one: nothing merges them."""
+        stored = [linear.stored for linear in self._linears]
+        updated: list[Any] = super().update_weight_conversions(without_merging(weight_conversions, stored), *model)
+        return updated
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config

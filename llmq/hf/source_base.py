@@ -23,6 +23,7 @@ from transformers.utils import logging as hf_logging
 from llmq.blocks.capture import find_blocks
 from llmq.checkpoint.staging import writing
 from llmq.errors import LlmqError
+from llmq.hf.experts import Experts, find_experts
 from llmq.hf.sidefiles import SideFiles
 from llmq.hf.stored_names import Names, Stored, plan_names, stored_tensors
 
@@ -63,6 +64,7 @@ class Source(ABC):
         self._notes = notes
         self._side = side
         self._names: Names | None = None
+        self._experts: Experts | None = None
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -101,12 +103,21 @@ class Source(ABC):
         stored = self._planned().renamed.get(weight)
         if stored is not None:
             return stored.removesuffix(".weight")
+        if module_name in self.experts.stored:
+            return self.experts.stored[module_name]
         if self._block_of(weight) is not None:
             raise LlmqError(
                 f"a linear must be stored under a name of its own to be quantized; {weight} is stored merged or split; "
                 "ignore it"
             )
         return module_name
+
+    @property
+    def experts(self) -> Experts:
+        """The fused experts of the model, and their names in files."""
+        if self._experts is None:
+            self._experts = find_experts(self.model, self._planned().renamed)
+        return self._experts
 
     def outer_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Checkpoint names and tensors of what `load_outer` loaded. They may be the caller's own: do not write to them."""

@@ -20,6 +20,7 @@ from llmq.checkpoint.reader import Checkpoint
 from llmq.core.scheme import Scheme
 from llmq.errors import LlmqError
 from llmq.formats.base import Format, Layout, TensorSpec, check_specs
+from llmq.hf.experts import take_apart_packed
 from llmq.hf.stored_names import plan_names
 
 
@@ -47,7 +48,10 @@ def find_linears(
     checkpoint: None where a state dict is loaded and there are no files; scales then have the dtype that the format
     chooses for the model's. Raises `LlmqError` naming the tensor, what is expected and what was found.
     """
-    names = _stored_names(model, checkpoint)
+    apart: dict[str, str] = {}
+    if checkpoint is not None:
+        apart = take_apart_packed(model, _renamed(model), checkpoint.tensors, stored_format.tensor_names)
+    names = _stored_names(model, checkpoint) | {f"{name}.weight": f"{stored}.weight" for name, stored in apart.items()}
     linears = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
@@ -70,10 +74,14 @@ def find_linears(
     return linears
 
 
+def _renamed(model: PreTrainedModel) -> Mapping[str, str]:
+    state = model.state_dict()
+    return plan_names(model, {name: tensor.dtype for name, tensor in state.items()}, [list(state)]).renamed
+
+
 def _stored_names(model: PreTrainedModel, checkpoint: Checkpoint | None) -> dict[str, str]:
     """Name in the state dict -> name in the files, for every tensor that is stored unchanged."""
-    state = model.state_dict()
-    names = dict(plan_names(model, {name: tensor.dtype for name, tensor in state.items()}, [list(state)]).renamed)
+    names = dict(_renamed(model))
     if checkpoint is None:
         return names
     short = f"{model.base_model_prefix}."

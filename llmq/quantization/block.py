@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from llmq.blocks.capture import Call
-from llmq.blocks.replay import Stage, staged
+from llmq.blocks.replay import Inputs, Stage, staged
 from llmq.blocks.statistics import Statistics, held_out_start, observe
 from llmq.blocks.topology import Group, input_groups, linears
 from llmq.core.quantized import QuantizedWeight
 from llmq.errors import LlmqError
+from llmq.quantization.experts import Unit, observe_experts, observe_pooled, pool, round_expert, taken_apart, units_of
 from llmq.quantization.holdout import is_undersampled
 from llmq.quantization.plan import Plan, Planned
 from llmq.quantization.rounding import LinearReport, Recipe, round_group
@@ -102,29 +103,68 @@ def quantize_block(
     linears otherwise than the plan says, and for weights that cannot be rounded.
     """
     name = plan.blocks[index]
-    planned, groups, modules = plan.of_block(name), plan.groups[index], linears(block)
+    planned, groups, stacks = plan.of_block(name), plan.groups[index], plan.stacks[index]
     few = state.hidden[0][:1, : inputs.probe_tokens]
     _refuse_not_finite(block, name)
     _refuse_other_groups(block, name, inputs.probe, few, plan, index)
-    folded, pairs = _transformed(block, name, inputs, few, state, groups, planned, recipe)
     codes: dict[str, QuantizedWeight] = {}
     layers: list[LinearReport] = []
     hidden = state.hidden
-    stages = [Stage.at(modules[group[0]]) for group in groups]
-    with closing(staged(block, inputs.calls, state.hidden, stages)) as runs:
-        for group in groups:
-            began = time.perf_counter()
-            seen = _with_lanes(inputs.lanes, next(runs)) if recipe.calibrated else None
-            statistics = None if seen is None else _observe_all(seen, f"{name}.{group[0]}", modules[group[0]], state)
-            rounded = round_group(block, name, [planned[linear] for linear in group], statistics, recipe)
-            seconds = (time.perf_counter() - began) / len(group)
-            for quantized, report in rounded:
-                codes[report.name] = quantized
-                layers.append(replace(report, seconds=seconds))
-                progress(report.name)
-        if recipe.calibrated:
-            hidden = tuple(y for (y,) in next(runs))
+    with taken_apart(block, name, stacks, inputs.probe, few):
+        folded, pairs = _transformed(block, name, inputs, few, state, groups, planned, recipe)
+        modules = dict(block.named_modules())
+        units = units_of(block, groups, stacks, inputs.probe, few)
+        stages = [Stage(modules[unit.stop], tuple(modules[group[0]] for group in unit.groups)) for unit in units]
+        with closing(staged(block, inputs.calls, state.hidden, stages)) as runs:
+            for rounded in _rounded_units(block, name, units, runs, inputs, state, planned, recipe):
+                for quantized, report in rounded:
+                    codes[report.name] = quantized
+                    layers.append(report)
+                    progress(report.name)
+            if recipe.calibrated:
+                hidden = tuple(y for (y,) in next(runs))
     return BlockResult(index, codes, tuple(layers), folded, BlockState(hidden, pairs))
+
+
+def _rounded_units(
+    block: nn.Module,
+    name: str,
+    units: Sequence[Unit],
+    runs: Iterator[Inputs],
+    inputs: BlockInputs,
+    state: BlockState,
+    planned: dict[str, Planned],
+    recipe: Recipe,
+) -> Iterator[list[tuple[QuantizedWeight, LinearReport]]]:
+    """Round the linears of one unit after the other; seconds are shared among the linears of a unit."""
+    pooled: dict[Group, Tensor] = {}
+    for unit in units:
+        began = time.perf_counter()
+        first = block.get_submodule(unit.groups[0][0])
+        assert isinstance(first, nn.Linear)
+        rows = [[planned[linear] for linear in group] for group in unit.groups]
+        made: list[tuple[QuantizedWeight, LinearReport]] = []
+        if not recipe.calibrated:
+            for row in () if unit.pooled else rows:
+                made += round_group(block, name, row, None, recipe)
+        elif unit.stop == unit.groups[0][0]:
+            seen = _with_lanes(inputs.lanes, next(runs))
+            statistics = _observe_all(seen, f"{name}.{unit.stop}", first, state)
+            made += round_group(block, name, rows[0], statistics, recipe)
+        else:
+            tokens = zip(inputs.lanes, next(runs), strict=True)
+            if unit.pooled:
+                mean = observe_pooled(tokens, f"{name}.{unit.stop}", first.in_features)
+                pooled = dict.fromkeys(unit.groups, mean)
+                continue
+            names = [f"{name}.{group[0]}" for group in unit.groups]
+            each = observe_experts(tokens, names, first.in_features, len(state.hidden))
+            mean = pooled[unit.groups[0]] if unit.groups[0] in pooled else pool(each)
+            for row, own in zip(rows, each, strict=True):
+                made += round_expert(block, name, row, own, mean, recipe)
+            del each, own
+        seconds = (time.perf_counter() - began) / max(1, len(made))
+        yield [(quantized, replace(report, seconds=seconds)) for quantized, report in made]
 
 
 def _observe_all(inputs: Iterator[tuple[int, Tensor]], name: str, linear: nn.Linear, state: BlockState) -> Statistics:
@@ -134,7 +174,7 @@ def _observe_all(inputs: Iterator[tuple[int, Tensor]], name: str, linear: nn.Lin
     return observe(inputs, name, held_out_start(state.hidden) if few else None)
 
 
-def _with_lanes(lanes: Sequence[int], seen: Iterator[tuple[Tensor, ...]]) -> Iterator[tuple[int, Tensor]]:
+def _with_lanes(lanes: Sequence[int], seen: Inputs) -> Iterator[tuple[int, Tensor]]:
     return ((lane, x) for lane, (x,) in zip(lanes, seen, strict=True))
 
 
@@ -189,9 +229,7 @@ def _refuse_not_finite(block: nn.Module, name: str) -> None:
 
 def _refuse_other_groups(block: nn.Module, name: str, probe: Call, few: Tensor, plan: Plan, index: int) -> None:
     """Raise `LlmqError` unless the block, with its weights, runs its linears as it did when the plan was made."""
-    planned = plan.of_block(name)
-    found = [
-        tuple(linear for linear in group if linear in planned) for group in input_groups(block, probe, few, planned)
-    ]
-    if [group for group in found if group] != list(plan.groups[index]):
+    planned = {linear for group in plan.groups[index] for linear in group}
+    found = [[linear for linear in group if linear in planned] for group in input_groups(block, probe, few, planned)]
+    if [tuple(group) for group in found if group] != list(plan.groups[index]):
         raise LlmqError(f"{name} runs its linears in another order, or on other inputs, than its structure implies")

@@ -3,18 +3,22 @@
 Every linear inside the decoder blocks is quantized; the output head, and any linear outside the blocks, stays as it is.
 `--ignore` adds to that. A group size that does not divide one linear's inputs gives way there to the largest smaller of
 128, 64, 32 that does, else to one scale per channel, and the plan says so; one that divides no linear is refused.
-What cannot be quantized at all (convolutions used as linears, experts fused into 3-D tensors) is refused here.
+Experts that are fused into 3-D parameters are quantized as one linear per expert and part (`llmq.blocks.experts`); all experts
+of a layer get one scheme. Linears that choose or weight experts (routers, gates of shared experts) stay as they are.
+What cannot be quantized at all (convolutions used as linears) is refused here.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from llmq.blocks.capture import find_blocks
+from llmq.blocks.stacks import Stack, stacks_of_blocks
 from llmq.blocks.topology import Group
 from llmq.config import FALLBACK_GROUP_SIZES, PER_CHANNEL, QuantConfig
 from llmq.core.grid import Grid
@@ -49,7 +53,9 @@ class Plan:
     blocks: tuple[str, ...]
     """The names of the decoder blocks."""
     groups: tuple[tuple[Group, ...], ...]
-    """For each block, its linears to be quantized by the input that they share, in execution order."""
+    """For each block, its linears to be quantized by the input that they share, in execution order; without experts."""
+    stacks: tuple[tuple[Stack, ...], ...]
+    """For each block, the fused experts to be quantized, named inside the block."""
     format: Format
     """The format of the checkpoint to be written."""
 
@@ -69,30 +75,87 @@ def make_plan(
     dtype: torch.dtype,
     topology: Topology,
     output_format: Format = DEFAULT_FORMAT,
+    stacks: Sequence[Stack] = (),
 ) -> Plan:
     """The plan for a model, whose parameters may be on meta.
 
     dtype: the model's; the format chooses that of the scales from it. topology: finds which linears share an input, by
     running the model (`llmq.blocks.topology`); it is called once all that names and shapes can rule out is refused.
+    stacks: the fused experts of the model, by full names.
     Raises `LlmqError` for what cannot be done.
     """
     prefix, blocks = find_blocks(model)
     names = tuple(f"{prefix}.{index}" for index in range(len(blocks)))
     for name, block in zip(names, blocks, strict=True):
         _refuse_unsupported(name, block)
-    all_linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    inside = {name: m for name, m in all_linears.items() if name.startswith(f"{prefix}.")}
+    all_linears = {name: _classes(m) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    shapes = {n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    stacks = [stack for stack in stacks if stack.module.startswith(f"{prefix}.")]
+    experts = {name: shape for stack in stacks for name, shape in stack.linears()}
+    all_linears |= dict.fromkeys(experts, ("Linear",))
+    inside = {n: s for n, s in {**shapes, **experts}.items() if n.startswith(f"{prefix}.")}
     if not inside:
         raise LlmqError(f"the blocks of {type(model).__name__} hold no nn.Linear: there is nothing to quantize")
-    kept = _ignored(all_linears, config.ignore)
-    chosen = {name: (m.out_features, m.in_features) for name, m in inside.items() if name not in kept}
+    kept = _ignored(all_linears, config.ignore) | _selectors(shapes, stacks)
+    chosen = {name: shape for name, shape in inside.items() if name not in kept}
     if not chosen:
         raise LlmqError(f"--ignore {' '.join(config.ignore)} leaves no linear to quantize")
     linears = _with_schemes(chosen, config, output_format, output_format.scale_dtype(dtype))
-    inner = {block: [n.removeprefix(f"{block}.") for n in linears if n.startswith(f"{block}.")] for block in names}
+    stacks = _planned_stacks(stacks, linears)
+    linears = _one_scheme_per_layer(linears, stacks, config)
+    inner = {b: [n.removeprefix(f"{b}.") for n in linears if n.startswith(f"{b}.") and n not in experts] for b in names}
     found = topology({block: inside for block, inside in inner.items() if inside})
     groups = tuple(_planned_groups(block, found.get(block, ()), inner[block]) for block in names)
-    return Plan(linears, tuple(name for name in all_linears if name not in linears), names, groups, output_format)
+    ignored = tuple(name for name in all_linears if name not in linears)
+    return Plan(linears, ignored, names, groups, stacks_of_blocks(stacks, names), output_format)
+
+
+def _classes(module: nn.Module) -> tuple[str, ...]:
+    return tuple(base.__name__ for base in type(module).__mro__)
+
+
+def _selectors(shapes: Mapping[str, tuple[int, int]], stacks: Sequence[Stack]) -> set[str]:
+    """Linears next to experts that choose among them, or weight them: one output for each expert, or one in all."""
+    found = set()
+    for stack in stacks:
+        layer = stack.module.rpartition(".")[0]
+        beside = (name for name in shapes if name.startswith(f"{layer}."))
+        found |= {name for name in beside if shapes[name][0] in (1, stack.experts)}
+    return found
+
+
+def _planned_stacks(stacks: Sequence[Stack], linears: Mapping[str, Planned]) -> list[Stack]:
+    """The stacks that are quantized. Raises `LlmqError` for a layer whose experts are planned in part."""
+    planned = []
+    for module in dict.fromkeys(stack.module for stack in stacks):
+        mine = [stack for stack in stacks if stack.module == module]
+        names = [name for stack in mine for name, _ in stack.linears()]
+        count = sum(name in linears for name in names)
+        if 0 < count < len(names):
+            raise LlmqError(
+                f"engines hold the experts of a layer as one: ignore all linears of {module} or none; "
+                f"{len(names) - count} of {len(names)} are ignored"
+            )
+        planned += mine if count else []
+    return planned
+
+
+def _one_scheme_per_layer(
+    linears: Mapping[str, Planned], stacks: Sequence[Stack], config: QuantConfig
+) -> dict[str, Planned]:
+    """`linears` with one scheme for all experts of a layer: the largest group size that divides all of their inputs."""
+    changed = dict(linears)
+    for module in dict.fromkeys(stack.module for stack in stacks):
+        mine = [stack for stack in stacks if stack.module == module]
+        columns = math.gcd(*(stack.columns for stack in mine))
+        grid, note = _grid(columns, config)
+        if note is not None and columns not in {stack.columns for stack in mine}:
+            note = f"{note} (of all experts)"
+        for stack in mine:
+            for name, _ in stack.linears():
+                row = linears[name]
+                changed[name] = replace(row, scheme=replace(row.scheme, weight=grid), note=note)
+    return changed
 
 
 def _planned_groups(block: str, groups: Sequence[Group], planned: Collection[str]) -> tuple[Group, ...]:
@@ -122,20 +185,13 @@ def _refuse_unsupported(name: str, block: nn.Module) -> None:
             raise LlmqError(
                 f"{where} is a Conv1D (GPT-2's transposed linear), which no serving engine reads packed: not supported"
             )
-        for key, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim == 3:
-                raise LlmqError(
-                    f"{where}.{key} is a 3-D tensor {list(parameter.shape)} (fused experts): "
-                    "mixture-of-experts models are not supported yet"
-                )
 
 
-def _ignored(linears: dict[str, nn.Linear], patterns: Sequence[str]) -> set[str]:
+def _ignored(linears: Mapping[str, Sequence[str]], patterns: Sequence[str]) -> set[str]:
+    """The names that the patterns match. linears: the names of all, and of their classes."""
     found: set[str] = set()
     for pattern in patterns:
-        hits = {
-            name for name, m in linears.items() if matches(pattern, name, [base.__name__ for base in type(m).__mro__])
-        }
+        hits = {name for name, classes in linears.items() if matches(pattern, name, classes)}
         if not hits:
             some = ", ".join(list(linears)[:3])
             raise LlmqError(

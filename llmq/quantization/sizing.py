@@ -28,6 +28,7 @@ from llmq.blocks.replay import elements_per_batch, suspended_limit
 from llmq.config import QuantConfig, method
 from llmq.formats.base import TensorSpec
 from llmq.memory import peak_rss_bytes
+from llmq.quantization.experts import MATRICES, MOMENT_BYTES
 from llmq.quantization.holdout import is_undersampled
 from llmq.quantization.plan import Plan, Planned
 
@@ -45,6 +46,13 @@ class StoredTensor(Protocol):
     def spec(self) -> TensorSpec: ...
 
 
+class ExpertNames(Protocol):
+    """Which stored tensors hold experts: stored name -> the linears that are written in its place."""
+
+    @property
+    def replaced(self) -> Mapping[str, tuple[str, ...]]: ...
+
+
 class Sized(Protocol):
     """The part of a source (`llmq.hf.source_base.Source`) that sizes are computed from."""
 
@@ -58,6 +66,11 @@ class Sized(Protocol):
     def __len__(self) -> int: ...
 
     def tensor_plan(self) -> Sequence[StoredTensor]: ...
+
+    def checkpoint_name(self, module_name: str) -> str: ...
+
+    @property
+    def experts(self) -> ExpertNames: ...
 
 
 @dataclass(frozen=True)
@@ -102,34 +115,39 @@ def planned_specs(source: Sized, plan: Plan) -> dict[str, TensorSpec]:
     """Every tensor of the checkpoint to be written, in the order of the source's own."""
     specs: dict[str, TensorSpec] = {}
     for stored in source.tensor_plan():
-        specs.update(_becomes(stored, plan))
+        specs.update(_becomes(source, stored, plan))
     return specs
 
 
-def _planned(parameter: str | None, plan: Plan) -> Planned | None:
-    """The plan of the linear whose weight `parameter` is; None for any other tensor."""
-    if parameter is None or not parameter.endswith(".weight"):
-        return None
-    return plan.linears.get(parameter.removesuffix(".weight"))
+def _planned(source: Sized, stored: StoredTensor, plan: Plan) -> dict[str, Planned]:
+    """The planned linears that `stored` holds, by their names in the files: one, or all of a layer's fused experts."""
+    linears = source.experts.replaced.get(stored.name, ())
+    if not linears and stored.parameter is not None and stored.parameter.endswith(".weight"):
+        linears = (stored.parameter.removesuffix(".weight"),)
+        return {stored.name.removesuffix(".weight"): plan.linears[name] for name in linears if name in plan.linears}
+    return {source.checkpoint_name(name): plan.linears[name] for name in linears if name in plan.linears}
 
 
-def _becomes(stored: StoredTensor, plan: Plan) -> Mapping[str, TensorSpec]:
+def _becomes(source: Sized, stored: StoredTensor, plan: Plan) -> Mapping[str, TensorSpec]:
     """What is written for a tensor of the source."""
-    planned = _planned(stored.parameter, plan)
-    if planned is None:
+    planned = _planned(source, stored, plan)
+    if not planned:
         return {stored.name: stored.spec}
-    local = plan.format.specs(planned.shape, planned.scheme)
-    return {f"{stored.name.removesuffix('weight')}{suffix}": spec for suffix, spec in local.items()}
+    return {
+        f"{name}.{suffix}": spec
+        for name, row in planned.items()
+        for suffix, spec in plan.format.specs(row.shape, row.scheme).items()
+    }
 
 
 def make_preview(source: Sized, plan: Plan, config: QuantConfig, windows: int, length: int) -> Preview:
     """The preview of a run over `windows` calibration windows of `length` tokens."""
     rows = []
     for tensor in source.tensor_plan():
-        planned, written = _planned(tensor.parameter, plan), _becomes(tensor, plan)
+        planned, written = _planned(source, tensor, plan), _becomes(source, tensor, plan)
         becomes = str(tensor.spec.dtype).removeprefix("torch.")
-        if planned is not None:
-            grid = planned.scheme.weight
+        if planned:
+            grid = next(iter(planned.values())).scheme.weight
             becomes = f"int{grid.bits} " + (f"g{grid.group_size}" if grid.group_size else "channel")
         after = sum(spec.nbytes for spec in written.values())
         rows.append(PreviewRow(tensor.name, tensor.spec.shape, tensor.spec.nbytes, after, becomes))
@@ -159,6 +177,14 @@ def with_writing(made: Preview, source: Sized, count: int, length: int, rows: in
     return replace(made, memory=memory, notes=(*made.notes, note))
 
 
+def _expert_moments(plan: Plan) -> int:
+    """Bytes of second moments that are in memory while the experts of a layer are rounded."""
+    stacks = [stack for block in plan.stacks for stack in block]
+    each = [MATRICES * 4 * stack.columns**2 for stack in stacks]
+    together = (min(size * stack.experts, max(size, MOMENT_BYTES)) for size, stack in zip(each, stacks, strict=True))
+    return max(together, default=0) + 2 * max(each, default=0)
+
+
 def _memory(source: Sized, plan: Plan, config: QuantConfig, windows: int, length: int) -> dict[str, int]:
     row = method(config.method)
     blocks = [source.model.get_submodule(name) for name in plan.blocks]
@@ -175,7 +201,7 @@ def _memory(source: Sized, plan: Plan, config: QuantConfig, windows: int, length
     suspended = elements_per_batch(blocks[0], windows, length, hidden) * size
     fits = suspended <= suspended_limit(torch.device("cpu"))
     return parts | {
-        "moments": matrices * 4 * wide * wide,
+        "moments": max(matrices * 4 * wide * wide, _expert_moments(plan)),
         "activations": 2 * windows * length * hidden * size,
         "suspended": suspended if fits else 0,
         "probe": 8 * largest if row.transform else 0,

@@ -101,6 +101,7 @@ def quantize(
             fallbacks=tuple(f"{row.name}: {note}" for row in rows for note in row.notes if note not in COUNTED),
             notes=(
                 *opened.notes,
+                *opened.experts.notes(plan.linears),
                 *window_notes,
                 *few_tokens_notes((row.shape[1], row.tokens, row.holdout_ratio) for row in rows if not is_expert(row)),
                 *expert_notes(rows),

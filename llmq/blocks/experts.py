@@ -151,7 +151,9 @@ def install(root: nn.Module, stack: Stack, make: Callable[[int, Part], nn.Module
         for part in stack.parts:
             holder.add_module(part.name, make(expert, part))
     module.__dict__[stack.parameter] = ExpertStack(stack, module, parameter)
-    module.__dict__["_is_hf_initialized"] = True  # transformers has nothing to initialize here, and would fail on the stack
+    module.__dict__["_is_hf_initialized"] = (
+        True  # transformers has nothing to initialize here, and would fail on the stack
+    )
     _run_eagerly(module)
     return parameter
 

@@ -35,11 +35,23 @@ class Experts:
         stacks: all of them, parts named as in the files.
         stored: linear -> its name in the files.
         replaced: stored tensor -> the linears that are written in its place.
+        fused: stored tensors that hold all experts of a layer.
     """
 
     stacks: tuple[Stack, ...] = ()
     stored: Mapping[str, str] = field(default_factory=dict)
     replaced: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fused: tuple[str, ...] = ()
+
+    def notes(self, planned: Collection[str]) -> tuple[str, ...]:
+        """What a user must know about the files. planned: the linears to be quantized."""
+        mine = [name for name in self.fused if self.replaced[name][0] in planned]
+        if not mine:
+            return ()
+        return (
+            f"the source holds the experts of a layer in one tensor ({mine[0]}, ...): packed, each expert is stored by itself, "
+            "under names that only llmq reads; transformers without llmq loads random experts",
+        )
 
 
 def find_experts(model: PreTrainedModel, renamed: Mapping[str, str]) -> Experts:
@@ -50,6 +62,7 @@ def find_experts(model: PreTrainedModel, renamed: Mapping[str, str]) -> Experts:
     stacks: list[Stack] = []
     stored: dict[str, str] = {}
     replaced: dict[str, tuple[str, ...]] = {}
+    fused: list[str] = []
     for stack in find_stacks(model):
         parameter = f"{stack.module}.{stack.parameter}"
         if parameter in renamed:  # stored as it is
@@ -57,12 +70,13 @@ def find_experts(model: PreTrainedModel, renamed: Mapping[str, str]) -> Experts:
             linears = tuple(name for name, _ in stack.linears())
             stored |= dict(zip(linears, linears, strict=True))
             replaced[renamed[parameter]] = linears
+            fused.append(renamed[parameter])
             continue
         known, names = _stored_parts(model, stack)
         stacks.append(known)
         stored |= names
         replaced |= {f"{name}.weight": (linear,) for linear, name in names.items()}
-    return Experts(tuple(stacks), stored, replaced)
+    return Experts(tuple(stacks), stored, replaced, tuple(fused))
 
 
 def _stored_parts(model: PreTrainedModel, stack: Stack) -> tuple[Stack, dict[str, str]]:

@@ -17,7 +17,7 @@ cache of the windows generated at a time, and their logits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -51,6 +51,8 @@ class ExpertNames(Protocol):
 
     @property
     def replaced(self) -> Mapping[str, tuple[str, ...]]: ...
+
+    def notes(self, planned: Collection[str]) -> tuple[str, ...]: ...
 
 
 class Sized(Protocol):
@@ -151,8 +153,13 @@ def make_preview(source: Sized, plan: Plan, config: QuantConfig, windows: int, l
             becomes = f"int{grid.bits} " + (f"g{grid.group_size}" if grid.group_size else "channel")
         after = sum(spec.nbytes for spec in written.values())
         rows.append(PreviewRow(tensor.name, tensor.spec.shape, tensor.spec.nbytes, after, becomes))
-    notes = [f"{row.name}: {row.note}" for row in plan.linears.values() if row.note]
-    return Preview(tuple(rows), _memory(source, plan, config, windows, length), (*source.notes, *notes))
+    notes = [*source.notes, *source.experts.notes(plan.linears)]
+    notes += [f"{row.name}: {row.note}" for row in plan.linears.values() if row.note]
+    return Preview(
+        tuple(rows),
+        _memory(source, plan, config, windows, length),
+        (*source.notes, *source.experts.notes(plan.linears), *notes),
+    )
 
 
 def with_writing(made: Preview, source: Sized, count: int, length: int, rows: int) -> Preview:

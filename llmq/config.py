@@ -123,6 +123,8 @@ class QuantConfig:
             for scales). Strictly between 0 and 1.
         dtype: what the source is cast to before it is quantized. `auto` keeps a bfloat16 or float16 source and casts
             float32 and GGUF sources to bfloat16.
+        all_experts: calibrate every expert of a mixture on every token, not on those that the router sends to it. The
+            experts' forwards and second moments cost as many times more as there are experts for each one chosen.
     """
 
     method: str = DEFAULT_METHOD
@@ -133,6 +135,7 @@ class QuantConfig:
     ignore: tuple[str, ...] = ()
     damping: float = 0.01
     dtype: str = "auto"
+    all_experts: bool = False
 
     def __post_init__(self) -> None:
         row = method(self.method)
@@ -146,8 +149,9 @@ class QuantConfig:
             raise LlmqError(
                 f"group_size must be positive, or {PER_CHANNEL} for one scale per channel; got {self.group_size}"
             )
-        if not isinstance(self.symmetric, bool):
-            raise LlmqError(f"symmetric must be True or False; got {self.symmetric!r}")
+        for name in ("symmetric", "all_experts"):
+            if not isinstance(getattr(self, name), bool):
+                raise LlmqError(f"{name} must be True or False; got {getattr(self, name)!r}")
         if isinstance(self.damping, bool) or not isinstance(self.damping, (int, float)) or not 0 < self.damping < 1:
             raise LlmqError(f"damping must be a number strictly between 0 and 1, such as 0.01; got {self.damping!r}")
         object.__setattr__(self, "ignore", _checked_patterns(self.ignore))

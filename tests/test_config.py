@@ -29,6 +29,7 @@ def test_round_trip_through_json() -> None:
         ignore=("re:.*down",),
         damping=0.05,
         dtype="float16",
+        all_experts=True,
     )
     assert all(getattr(config, field.name) != field.default for field in fields(QuantConfig))
     again = QuantConfig.from_dict(json.loads(json.dumps(config.to_dict())))
@@ -67,6 +68,7 @@ NAMES = ", ".join(row.name for row in METHODS)
         ("group_size", None, "group_size must be an integer; got None"),
         ("symmetric", 1, "symmetric must be True or False; got 1"),
         ("symmetric", "no", "symmetric must be True or False; got 'no'"),
+        ("all_experts", 1, "all_experts must be True or False; got 1"),
         ("scales", "best", "scales must be one of minmax, search; got 'best'"),
         ("scales", 1, "scales must be one of minmax, search; got 1"),
         ("dtype", "int8", "dtype must be one of auto, bfloat16, float16, float32; got 'int8'"),

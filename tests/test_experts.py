@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import llmq
-from llmq.blocks.experts import join, split
+from llmq.blocks.capture import Call, capture
+from llmq.blocks.experts import Expert, join, split
 from llmq.blocks.stacks import find_stacks
 from llmq.blocks.statistics import Statistics
 from llmq.config import QuantConfig
@@ -25,6 +26,9 @@ from llmq.quantization import experts
 from llmq.quantization.plan import Planned
 from llmq.quantization.rounding import Recipe
 from llmq.serving.linear import QuantLinear
+from llmq.transforms.discovery import find_pairs
+from llmq.transforms.pairs import Pair
+from llmq.transforms.probe import Probe
 from tests.moe import FUSED, SPLIT, moe_model
 
 IDS = torch.randint(3, 128, (16, 32), generator=torch.Generator().manual_seed(1))
@@ -251,6 +255,50 @@ def test_a_run_counts_what_became_of_its_experts(tmp_path: Path) -> None:
     assert any("linears of experts in 2 layers: few calibration tokens" in note for note in stored["notes"])
     assert not any("experts" in line for line in report.fallbacks)
     assert any(experts.SHRUNK in row["notes"] for row in stored["layers"])
+
+
+@pytest.mark.parametrize("arch", ["qwen3_moe", "gpt_oss", "llama4_text"])
+def test_every_expert_on_every_token(arch: str, tmp_path: Path) -> None:
+    model = moe_model(arch)
+    some = llmq.quantize(model, tmp_path / "some", config("gptq"), IDS)
+    every = llmq.quantize(model, tmp_path / "all", config("gptq", all_experts=True), IDS)
+    tokens = [[row.tokens for row in report.layers if ".experts." in row.name] for report in (some, every)]
+    assert max(tokens[0]) < IDS.numel()
+    if arch == "llama4_text":  # its experts are given all tokens with most of them zeroed: nothing can be added
+        assert tokens[1] == tokens[0]
+    else:
+        assert set(tokens[1]) == {IDS.numel()}
+    assert logits(llmq.load(tmp_path / "all")).isfinite().all()
+
+
+def test_experts_without_a_table_of_chosen_ones() -> None:
+    x, weights = torch.ones(3, 4), torch.ones(3, 2)
+    assert experts.to_all_experts(4, ((x,), {})) == ((x,), {})
+    with pytest.raises(LlmqError, match="leave --moe-all-experts out"):
+        experts.to_all_experts(4, ((x,), {"weights": weights}))
+    chosen = torch.tensor([[0, 1], [1, 2], [3, 0]])
+    (same, everyone), rest = experts.to_all_experts(4, ((x, chosen), {"weights": weights}))
+    assert same is x
+    assert everyone.tolist() == [[0, 1, 2, 3]] * 3
+    assert torch.equal(rest["weights"], torch.full((3, 4), 0.25))
+
+
+def test_pairs_of_a_mixture_are_found_on_a_small_probe() -> None:
+    """Experts share one expert's parameters there; the norm before them feeds the router, and is left alone."""
+    model = moe_model("qwen3_moe", num_experts=8)
+    block = model.model.layers[0]
+    split(block, find_stacks(block))
+    call, hidden = _called(model, block)
+    probe = Probe(block, call, hidden)
+    of_experts = {id(p): p for m in probe.block.modules() if isinstance(m, Expert) for p in m.parameters()}
+    assert len(of_experts) == 3
+    found = find_pairs(block, call, hidden, [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")])
+    assert isinstance(found.pairs[0], Pair)
+
+
+def _called(model: Any, block: nn.Module) -> tuple[Call, Tensor]:
+    captured = capture(model, lambda batch: model.base_model(input_ids=batch, use_cache=False), [IDS[:1, :16]])
+    return captured.calls[0][0], captured.hidden[0]
 
 
 class Unclear(nn.Module):

@@ -196,3 +196,24 @@ def join(root: nn.Module, stacks: Sequence[Stack], fused: Mapping[str, nn.Parame
         for name in (stack.parameter, "_is_hf_initialized"):
             module.__dict__.pop(name, None)
         module._parameters[stack.parameter] = fused[f"{stack.module}.{stack.parameter}".lstrip(".")]
+
+
+def expert_linears(root: nn.Module) -> set[str]:
+    """The names of all modules inside experts that were taken apart."""
+    return {
+        f"{name}.{inner}" if name else inner
+        for name, module in root.named_modules()
+        if isinstance(module, Expert)
+        for inner, _ in module.named_children()
+    }
+
+
+def alike_parameters(root: nn.Module) -> dict[int, int]:
+    """The id of each parameter of an expert but the first -> that of its counterpart in the first expert of its module."""
+    alike: dict[int, int] = {}
+    for module in root.modules():
+        experts = [child for child in module.children() if isinstance(child, Expert)]
+        for other in experts[1:]:
+            pairs = zip(experts[0].parameters(), other.parameters(), strict=True)
+            alike |= {id(parameter): id(first) for first, parameter in pairs}
+    return alike

@@ -42,12 +42,13 @@ class Stage:
 
     Fields:
         stop: the module before which every forward stops. It runs once per forward.
-        members: the linears whose inputs are observed: `stop` itself, or linears inside it. Those inside may run any
-            number of times in one forward, and on any part of the tokens.
+        members: the linears that are observed: `stop`, or linears inside it, which may run any number of times on any tokens.
+        arguments: changes what `stop` is run with to be observed.
     """
 
     stop: nn.Module
     members: tuple[nn.Module, ...]
+    arguments: Callable[[Arguments], Arguments] | None = None
 
     @staticmethod
     def at(linear: nn.Module) -> Stage:
@@ -235,7 +236,7 @@ def _finished(forwards: Sequence[Forward]) -> Inputs:
 
 def _observed(stage: Stage, arguments: Arguments, paused: list[bool]) -> tuple[Tensor, ...]:
     """The inputs of the stage's members, given the arguments of its stop."""
-    args, kwargs = arguments
+    args, kwargs = arguments if stage.arguments is None else stage.arguments(arguments)
     if stage.members == (stage.stop,):
         return (args[0] if args else next(iter(kwargs.values())),)
     seen: list[list[Tensor]] = [[] for _ in stage.members]

@@ -78,6 +78,9 @@ def quantize(
         typer.Option(help="linear to leave unquantized: its name, its class or re:REGEX; may be repeated"),
     ] = None,
     dtype: Annotated[DtypeName, typer.Option(help="cast the model to this dtype before quantizing")] = DEFAULT_DTYPE,
+    moe_all_experts: Annotated[
+        bool, typer.Option("--moe-all-experts", help="calibrate every expert on every token; slower")
+    ] = False,
     max_shard_size: Annotated[str, typer.Option(help="maximum size of one weight file of the output")] = "5GB",
     device: DeviceOption = "auto",
     revision: RevisionOption = None,
@@ -105,6 +108,7 @@ def quantize(
             scales=scales.value if scales else None,
             ignore=tuple(ignore or ()),
             dtype=dtype.value,
+            all_experts=moe_all_experts,
         )
         chosen = Calibration(dataset, num_samples, seq_len, seed)
         calibration = None if chosen == Calibration() else chosen

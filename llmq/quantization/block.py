@@ -114,7 +114,7 @@ def quantize_block(
         folded, pairs = _transformed(block, name, inputs, few, state, groups, planned, recipe)
         modules = dict(block.named_modules())
         units = units_of(block, groups, stacks, inputs.probe, few)
-        stages = [Stage(modules[unit.stop], tuple(modules[group[0]] for group in unit.groups)) for unit in units]
+        stages = [unit.stage(modules, recipe.all_experts) for unit in units]
         with closing(staged(block, inputs.calls, state.hidden, stages)) as runs:
             for rounded in _rounded_units(block, name, units, runs, inputs, state, planned, recipe):
                 for quantized, report in rounded:
@@ -147,7 +147,7 @@ def _rounded_units(
         if not recipe.calibrated:
             for row in () if unit.pooled else rows:
                 made += round_group(block, name, row, None, recipe)
-        elif unit.stop == unit.groups[0][0]:
+        elif not unit.experts:
             seen = _with_lanes(inputs.lanes, next(runs))
             statistics = _observe_all(seen, f"{name}.{unit.stop}", first, state)
             made += round_group(block, name, rows[0], statistics, recipe)

@@ -13,15 +13,18 @@ Both are counted in the report.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmq.blocks.capture import Call
 from llmq.blocks.experts import join, split
+from llmq.blocks.replay import Arguments, Stage
 from llmq.blocks.stacks import Stack
 from llmq.blocks.statistics import HELD_OUT, SecondMoment, Statistics
 from llmq.blocks.topology import Group, run_order
@@ -54,11 +57,44 @@ class Unit:
         stop: the module that forwards stop before.
         groups: the linears of each input; one group but for experts.
         pooled: only the mean second moment of all inputs is needed; nothing is rounded.
+        experts: how many experts there are at the stop; 0 for an ordinary linear.
     """
 
     stop: str
     groups: tuple[Group, ...]
     pooled: bool = False
+    experts: int = 0
+
+    def stage(self, modules: Mapping[str, nn.Module], all_experts: bool) -> Stage:
+        """Where forwards stop, and what is observed. modules: of the block. all_experts: as in `Recipe`."""
+        members = tuple(modules[group[0]] for group in self.groups)
+        spread = partial(to_all_experts, self.experts) if all_experts and self.experts else None
+        return Stage(modules[self.stop], members, spread)
+
+
+def to_all_experts(experts: int, arguments: Arguments) -> Arguments:
+    """The arguments of a module of experts with every token sent to every expert, equally weighted.
+
+    The module must take the chosen experts, an integer tensor [tokens, k], and their weights, a floating tensor of that
+    shape. One that takes neither is given all tokens for each expert already. Raises `LlmqError` for any other.
+    """
+    args, kwargs = arguments
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    chosen = next((t for t in tensors if t.ndim == 2 and not t.is_floating_point() and t.dtype != torch.bool), None)
+    if chosen is None and len(tensors) == 1:
+        return arguments
+    if chosen is None:
+        raise LlmqError("its experts take no table of chosen experts: leave --moe-all-experts out for this model")
+    everyone = torch.arange(experts, dtype=chosen.dtype, device=chosen.device).expand(len(chosen), experts)
+
+    def spread(value: Any) -> Any:
+        if value is chosen:
+            return everyone
+        if isinstance(value, Tensor) and value.shape == chosen.shape and value.is_floating_point():
+            return torch.full_like(everyone, 1, dtype=value.dtype).div_(experts)
+        return value
+
+    return tuple(map(spread, args)), {key: spread(value) for key, value in kwargs.items()}
 
 
 def units_of(
@@ -78,9 +114,9 @@ def _expert_units(stack: Stack) -> Iterator[Unit]:
     groups = stack.groups()
     size = max(1, MOMENT_BYTES // (MATRICES * 4 * stack.columns**2))
     if size < len(groups):
-        yield Unit(stack.module, groups, pooled=True)
+        yield Unit(stack.module, groups, True, stack.experts)
     for start in range(0, len(groups), size):
-        yield Unit(stack.module, groups[start : start + size])
+        yield Unit(stack.module, groups[start : start + size], False, stack.experts)
 
 
 @contextmanager
@@ -128,13 +164,19 @@ def observe_experts(
         if seen is None:
             seen = [SecondMoment(columns, x.device) for x in xs]
             held_out = [SecondMoment(columns, x.device) for x in xs]
-        for expert, x in enumerate(xs):
+        for expert, x in enumerate(map(_reached, xs)):
             if len(x):
                 seen[expert].add(x, lane)
                 if index >= held_from:
                     held_out[expert].add(x, lane)
     assert seen is not None
     return [_statistics(name, all_of, kept) for name, all_of, kept in zip(names, seen, held_out, strict=True)]
+
+
+def _reached(x: Tensor) -> Tensor:
+    """The tokens of x [..., K] that reach an expert: some modules give each expert all tokens, most of them zeroed."""
+    x = x.reshape(-1, x.shape[-1])
+    return x[(x != 0).any(-1)]
 
 
 def _statistics(name: str, seen: SecondMoment, held_out: SecondMoment) -> Statistics:
@@ -157,7 +199,7 @@ def observe_pooled(inputs: Iterable[tuple[int, tuple[Tensor, ...]]], name: str, 
     moment: SecondMoment | None = None
     for lane, xs in inputs:
         moment = moment or SecondMoment(columns, xs[0].device)
-        moment.add(torch.cat(list(xs)), lane)
+        moment.add(torch.cat([_reached(x) for x in xs]), lane)
     assert moment is not None
     return moment.value(name)
 

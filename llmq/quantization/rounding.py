@@ -64,6 +64,7 @@ class Recipe:
         calibrated: whether statistics of inputs are needed.
         scales: `minmax` or `search`.
         damping: share of the mean diagonal added to a Hessian's diagonal.
+        all_experts: whether statistics of experts are of all tokens, not of those sent to them.
     """
 
     transform: Transform | None
@@ -71,6 +72,7 @@ class Recipe:
     calibrated: bool
     scales: str
     damping: float
+    all_experts: bool = False
 
     @staticmethod
     def of(config: QuantConfig) -> Recipe:
@@ -82,6 +84,7 @@ class Recipe:
             calibrated=row.calibrated,
             scales=config.scales or row.default_scales,
             damping=config.damping,
+            all_experts=config.all_experts,
         )
 
     def target(self, planned: Planned) -> Target:

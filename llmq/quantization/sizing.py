@@ -25,12 +25,14 @@ import torch
 from torch import nn
 
 from llmq.blocks.replay import elements_per_batch, suspended_limit
+from llmq.blocks.stacks import Stack
 from llmq.config import QuantConfig, method
 from llmq.formats.base import TensorSpec
 from llmq.memory import peak_rss_bytes
 from llmq.quantization.experts import MATRICES, MOMENT_BYTES
 from llmq.quantization.holdout import is_undersampled
 from llmq.quantization.plan import Plan, Planned
+from llmq.transforms.probe import BYTES_PER_PARAMETER
 
 
 class StoredTensor(Protocol):
@@ -192,6 +194,12 @@ def _expert_moments(plan: Plan) -> int:
     return max(together, default=0) + 2 * max(each, default=0)
 
 
+def _probe_parameters(block: nn.Module, stacks: Sequence[Stack]) -> int:
+    """Parameters of the copy that pairs are found on, in which experts share one expert's."""
+    shared = sum((stack.experts - 1) * stack.rows * stack.columns for stack in stacks)
+    return sum(p.numel() for p in block.parameters()) - shared
+
+
 def _memory(source: Sized, plan: Plan, config: QuantConfig, windows: int, length: int) -> dict[str, int]:
     row = method(config.method)
     blocks = [source.model.get_submodule(name) for name in plan.blocks]
@@ -211,5 +219,5 @@ def _memory(source: Sized, plan: Plan, config: QuantConfig, windows: int, length
         "moments": max(matrices * 4 * wide * wide, _expert_moments(plan)),
         "activations": 2 * windows * length * hidden * size,
         "suspended": suspended if fits else 0,
-        "probe": 8 * largest if row.transform else 0,
+        "probe": max(map(_probe_parameters, blocks, plan.stacks)) * BYTES_PER_PARAMETER if row.transform else 0,
     }

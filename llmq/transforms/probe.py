@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.blocks.capture import Call, Stop
+from llmq.blocks.experts import alike_parameters, expert_linears
 
 EXPONENTS = (-2, -1, 1, 2)
 BYTES_PER_PARAMETER = 8
@@ -31,7 +32,12 @@ class Probe:
 
     def __init__(self, block: nn.Module, call: Call, hidden: Tensor) -> None:
         self._generator = torch.Generator().manual_seed(0)
-        empty = {id(p): nn.Parameter(torch.empty(p.shape, dtype=torch.float64), False) for p in block.parameters()}
+        alike = alike_parameters(block)  # one expert's parameters stand for all experts of a layer
+        empty: dict[int, nn.Parameter] = {}
+        for p in block.parameters():
+            if id(p) not in alike:
+                empty[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=torch.float64), False)
+        empty |= {other: empty[first] for other, first in alike.items()}
         self.block = copy.deepcopy(block, dict(empty)).cpu().double()  # the memo keeps the data from being copied
         for parameter in self.block.parameters():
             parameter.data.copy_(self._odd(parameter.shape))
@@ -40,6 +46,7 @@ class Probe:
         self._call = Call(call.place, _double(call.args), _double(call.kwargs))
         self._hidden = self._odd(hidden.shape) * 4
         self.modules: dict[str, Any] = dict(self.block.named_modules())
+        self._of_experts = expert_linears(self.block)  # they are no producers: each sees some tokens only
         self.inputs: dict[str, Tensor] = {}
         self._outputs: dict[str, Any] = {}
         self.output = self._trace()
@@ -86,7 +93,7 @@ class Probe:
 
         handles = []
         for name, module in self.modules.items():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and name not in self._of_experts:
                 handles.append(module.register_forward_pre_hook(keep_input(name)))
             elif not any(True for _ in module.children()):
                 handles.append(module.register_forward_hook(keep_output(name)))

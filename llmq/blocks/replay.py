@@ -21,7 +21,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -260,8 +260,7 @@ def _joined(inputs: Sequence[Tensor], member: nn.Module, args: tuple[Any, ...], 
     if inputs:
         return torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])
     given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-    assert isinstance(member.in_features, int)
-    return given.new_empty(0, member.in_features)
+    return given.new_empty(0, cast(int, member.in_features))
 
 
 def _modes() -> tuple[object, ...]:

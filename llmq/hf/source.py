@@ -20,10 +20,11 @@ import transformers
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llmq.checkpoint.reader import INDEX, SINGLE, Checkpoint, open_checkpoint
 from llmq.errors import LlmqError
+from llmq.hf.model_class import model_class
 from llmq.hf.sidefiles import CONFIG, GENERATION, TOKENIZER_FILES, SideFiles
 from llmq.hf.source_base import Source, quiet
 from llmq.hf.source_folder import FolderSource
@@ -105,13 +106,14 @@ def check_config(config: PreTrainedConfig, where: str) -> None:
         raise LlmqError(
             f"{where}: only decoder-only models can be quantized; {config.model_type} is an encoder-decoder"
         )
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    found = model_class(config)
+    if found is None:
         raise LlmqError(
             f"{where}: only decoder-only models can be quantized; transformers has no causal language model for "
             f"{config.model_type}"
         )
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    if named and not any(each.endswith(_CAUSAL) or each in known for each in named):
+    if named and not any(each.endswith(_CAUSAL) or each in known or each == found.__name__ for each in named):
         raise LlmqError(
             f"{where}: only models that predict tokens can be quantized; this is {', '.join(named)}; "
             "use a causal language model"

@@ -28,5 +28,4 @@ def _candidates(config: PreTrainedConfig) -> Iterator[type[PreTrainedModel]]:
     for table in tables:
         if type(config) in table:
             entry = table[type(config)]
-            for each in entry if isinstance(entry, tuple) else (entry,):
-                yield each
+            yield from entry if isinstance(entry, tuple) else (entry,)

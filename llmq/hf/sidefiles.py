@@ -1,8 +1,9 @@
 """Files next to the weights: config, generation config, tokenizer, processors, chat template.
 
 The config is the model's own, with the new dtype and the `quantization_config`. All data files are copied unchanged from
-a source folder, whatever they are called (`DATA_FILES`); what stays behind is noted. A tokenizer that comes from a GGUF file or from the caller is written by its
-`save_pretrained`. Code is never copied, and references to code (`auto_map`) are removed.
+a source folder, whatever they are called (`DATA_FILES`); what stays behind is noted. A tokenizer that comes from a GGUF
+file or from the caller is written by its `save_pretrained`. Code is never copied, and references to code (`auto_map`) are
+removed.
 
 Nothing here depends on quantized weights, so everything can be written, and can fail, before a block is quantized.
 """
@@ -27,8 +28,18 @@ from llmq.names import first_names
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+PROCESSOR_CONFIGS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 # Data beside the weights: files of tokenizers and processors, and a folder that holds templates alone.
-DATA_FILES = ("*.json", "*.jsonl", "*.txt", "*.model", "*.tiktoken", "*.jinja", "vocab.*", "additional_chat_templates/*")
+DATA_FILES = (
+    "*.json",
+    "*.jsonl",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "vocab.*",
+    "additional_chat_templates/*",
+)
 # What describes the source's weights or its adapters, and what is written anew.
 _NOT_COPIED = (
     "config.json",
@@ -118,8 +129,9 @@ class SideFiles:
                 shutil.copyfile(file, target)
         elif not self.notes:
             self.tokenizer().save_pretrained(folder)
-        if (folder / TOKENIZER_CONFIG).is_file():
-            _strip_code(folder / TOKENIZER_CONFIG)
+        for name in (TOKENIZER_CONFIG, *PROCESSOR_CONFIGS):
+            if (folder / name).is_file():
+                _strip_code(folder / name)
 
     def _load(self) -> Any:
         where: Path | str | None = self._folder or self._name or None
@@ -176,7 +188,9 @@ def _left_note(folder: Path) -> tuple[str, ...]:
     left = left_behind(folder)
     notes: tuple[str, ...] = ()
     if any(name.startswith("adapter_") for name in left):
-        notes = (f"{folder} holds adapters beside the model: they are not applied; merge them first to quantize with them",)
+        notes = (
+            f"{folder} holds adapters beside the model: they are not applied; merge them first to quantize with them",
+        )
     others = [name for name in left if not name.startswith("adapter_")]
     return (*notes, f"not copied from the source: {first_names(others)}") if others else notes
 

@@ -70,9 +70,7 @@ def find_linears(
     return linears
 
 
-def _scheme(
-    layout: Layout, names: tuple[str, str], classes: Sequence[str], scale_dtype: torch.dtype
-) -> Scheme | None:
+def _scheme(layout: Layout, names: tuple[str, str], classes: Sequence[str], scale_dtype: torch.dtype) -> Scheme | None:
     """The scheme of a linear that files and model call by different names: configs are written with either.
 
     A name that is ignored wins. The files hold no tied head, so that the name that a head would have there is not known.

@@ -103,6 +103,7 @@ def _refuse_unlike(model: PreTrainedModel, fresh: PreTrainedModel) -> None:
     """
     name, remedy = type(model).__name__, "change model.config to describe the model, or the model back to its config"
     held, built = model.state_dict(), fresh.state_dict()
+    tied = fresh.all_tied_weights_keys
     for key in (*built, *held):
         if key not in held or key not in built:
             has, lacks = (
@@ -111,12 +112,12 @@ def _refuse_unlike(model: PreTrainedModel, fresh: PreTrainedModel) -> None:
                 else ("the model holds", "its config does not build")
             )
             raise LlmqError(f"{name} must be as its config describes it: {has} {key}, which {lacks}; {remedy}")
-        if held[key].shape != built[key].shape:
+        if held[key].shape != built[key].shape and key not in tied:  # tying replaces these, whatever their shapes
             raise LlmqError(
                 f"{name} must be as its config describes it: {key} is {list(held[key].shape)}, its config builds "
                 f"{list(built[key].shape)}; {remedy}"
             )
-    for target, source in fresh.all_tied_weights_keys.items():
+    for target, source in tied.items():
         one, other = held.get(target), held.get(source)
         if one is not None and other is not None and one.data_ptr() != other.data_ptr() and not torch.equal(one, other):
             raise LlmqError(

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 import llmq
 from llmq.errors import LlmqError
 from llmq.evaluation import generate_text
+from llmq.hf.source_gguf import refuse_incomplete
 from tests.fixtures import tiny_tokenizer
 from tests.tiny import HIDDEN, VOCAB, tiny_model
 
@@ -148,3 +149,14 @@ def test_ids_of_texts_and_prompts_must_be_in_the_embedding(tmp_path: Path) -> No
         )
     with pytest.raises(LlmqError, match="token ids of the prompt must be in the model's vocabulary"):
         generate_text(source, "w5 <new>", max_new_tokens=2, stream=False)
+
+
+@pytest.mark.parametrize(
+    ("file", "remedy"),
+    [("m.gguf", "download or convert it again"), ("m-00001-of-00003.gguf", "part 1 of 3: merge the parts first")],
+)
+def test_a_gguf_file_without_some_parameters_is_refused(file: str, remedy: str) -> None:
+    model = tiny_model("llama", layers=1)
+    refuse_incomplete(Path(file), model, [])
+    with pytest.raises(LlmqError, match=f"{file} lacks model.norm.weight, which LlamaForCausalLM needs; .*{remedy}"):
+        refuse_incomplete(Path(file), model, ["model.norm.weight"])

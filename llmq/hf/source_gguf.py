@@ -36,7 +36,7 @@ _PATCHING = Lock()  # held while functions of other libraries are replaced
 def load_gguf(file: Path, dtype: torch.dtype, side: SideFiles) -> PreTrainedModel:
     """The dequantized model in `file`, in `dtype`. The tokenizer of `side` is loaded as well, if there is one.
 
-    Raises `LlmqError` with the reason if the file cannot be read.
+    Raises `LlmqError` with the reason if the file cannot be read or lacks parameters of the model.
     """
     if not file.is_file():
         raise LlmqError(f"no such file: {file}; use the path of an existing .gguf file")
@@ -57,14 +57,14 @@ def load_gguf(file: Path, dtype: torch.dtype, side: SideFiles) -> PreTrainedMode
     except Exception as error:  # the reader raises anything on odd files
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise LlmqError(f"{file} is not a model that transformers reads from GGUF: {lines[0]}") from error
-    _refuse_incomplete(file, model, info["missing_keys"])
+    refuse_incomplete(file, model, info["missing_keys"])
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model
 
 
-def _refuse_incomplete(file: Path, model: PreTrainedModel, missing: Collection[str]) -> None:
+def refuse_incomplete(file: Path, model: PreTrainedModel, missing: Collection[str]) -> None:
     """Raise `LlmqError` if the file lacks parameters, which transformers has filled with random numbers."""
     absent = sorted(set(missing) & {name for name, _ in model.named_parameters()})
     if not absent:

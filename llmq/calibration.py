@@ -105,11 +105,7 @@ def check_token_ids(token_ids: Any, config: Any) -> Tensor:
         raise LlmqError(f"calibration must be a Calibration or token ids [windows, tokens]: {error}") from None
     if ids.ndim != 2 or ids.dtype != torch.int64 or not ids.numel():
         raise LlmqError(f"calibration token ids must be int64 [windows, tokens]; got {ids.dtype} {list(ids.shape)}")
-    if not 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_size:
-        raise LlmqError(
-            f"calibration token ids must be in the model's vocabulary of {config.vocab_size}; "
-            f"they range from {int(ids.min())} to {int(ids.max())}; use the model's own tokenizer"
-        )
+    check_vocabulary(ids, config.vocab_size, "calibration token ids")
     context = getattr(config, "max_position_embeddings", None)
     if isinstance(context, int) and ids.shape[1] > context:
         raise LlmqError(
@@ -117,6 +113,15 @@ def check_token_ids(token_ids: Any, config: Any) -> Tensor:
             "cut them into shorter windows"
         )
     return ids
+
+
+def check_vocabulary(ids: Tensor, size: int, what: str) -> None:
+    """Raise `LlmqError` unless all ids are in 0 ... `size` - 1, the rows of the model's embedding. what: begins the message."""
+    if not 0 <= int(ids.min()) <= int(ids.max()) < size:
+        raise LlmqError(
+            f"{what} must be in the model's vocabulary of {size}; they range from {int(ids.min())} to {int(ids.max())}; "
+            "use the model's own tokenizer, or resize the model's embedding to the tokenizer (resize_token_embeddings)"
+        )
 
 
 def cut_windows(token_ids: Tensor, num_samples: int, seq_len: int, seed: int) -> Tensor:

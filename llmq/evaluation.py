@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.api import pick_device
-from llmq.calibration import read_dataset, tokenize_dataset
+from llmq.calibration import check_vocabulary, read_dataset, tokenize_dataset
 from llmq.errors import LlmqError
 from llmq.eval import registry
 from llmq.eval.base import ModelMetric
@@ -184,6 +184,7 @@ def generate_text(
     place = pick_device(device)
     model, tokenizer = open_model(source, "bfloat16" if dtype == "auto" else dtype, place, revision)
     ids = _prompt_ids(tokenizer, prompt, raw).to(place)
+    check_vocabulary(ids, model.get_input_embeddings().weight.shape[0], "token ids of the prompt")
     started = time.perf_counter()
     with torch.inference_mode():
         output = model.generate(

@@ -1,5 +1,6 @@
 """Find the decoder blocks of a model, and capture how the model calls each of them.
 
+    find_decoder  finds the part of a model that maps token ids to hidden states
     find_blocks   finds the list of modules that holds the decoder's layers
     capture       runs the model once over *stub* blocks, which record the arguments of each block and pass the hidden states
                   on. Blocks of different layer types get different masks and rotary tables, so the arguments of every block
@@ -65,12 +66,13 @@ class Captured:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The dotted name of the list of decoder blocks, and the list: the outermost `ModuleList` with the most parameters.
+    """The dotted name of the list of decoder blocks, and the list: the decoder's outermost `ModuleList` with the most parameters.
 
     Raises `LlmqError` for a model without one.
     """
     found: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
+    decoder, inside = find_decoder(model)
+    for name, module in inside.named_modules(prefix=decoder):
         nested = any(name.startswith(f"{outer}.") for outer in found)
         if isinstance(module, nn.ModuleList) and len(module) and not nested:
             found[name] = module
@@ -79,6 +81,25 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"{type(model).__name__} holds no list of decoder blocks: only decoder-only models are quantized"
         )
     return max(found.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def find_decoder(model: nn.Module) -> tuple[str, nn.Module]:
+    """The dotted name of the innermost module that holds the embedding of tokens and a `ModuleList`, and the module.
+
+    In a wrapper around a language model the vision tower may be the larger part; this is the language model. A model that
+    does not tell its embedding is returned as it is, under the empty name.
+    """
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return "", model
+    name = next((name for name, module in model.named_modules() if module is embedding), "")
+    while name:
+        name = name.rpartition(".")[0]
+        decoder = model.get_submodule(name)
+        if any(isinstance(module, nn.ModuleList) and len(module) for module in decoder.modules()):
+            return name, decoder
+    return "", model
 
 
 class _Stub(nn.Module):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llmq.calibration import GenerationProgress, check_token_ids, cut_windows, read_tokens
+from llmq.calibration import GenerationProgress, check_token_ids, check_vocabulary, cut_windows, read_tokens
 from llmq.config import SELF, Calibration
 from llmq.eval.models import context_length
 from llmq.hf.self_calibration import generate_windows, text_start
@@ -41,7 +41,9 @@ def calibration_data(
     Raises `LlmqError` for datasets, texts and ids that do not fit.
     """
     if calibration is not None and not isinstance(calibration, Calibration):
-        return CalibrationData(check_token_ids(calibration, source.config.get_text_config()), "token ids", ())
+        return CalibrationData(
+            check_token_ids(calibration, source.config.get_text_config(decoder=True)), "token ids", ()
+        )
     calibration = calibration or Calibration()
     length = window_length(source, calibration)
     notes: list[str] = []
@@ -51,6 +53,8 @@ def calibration_data(
     else:
         ids, _ = read_tokens(calibration.dataset, "calibration", source.tokenizer())
         windows = cut_windows(ids, calibration.num_samples, length, calibration.seed)
+    rows = source.model.get_input_embeddings().weight.shape[0]
+    check_vocabulary(windows, rows, f"token ids of the calibration text {calibration.dataset}")
     if length < calibration.seq_len:
         notes.append(f"calibration windows of {length} tokens, not {calibration.seq_len}: the model's context")
     if len(windows) < calibration.num_samples:

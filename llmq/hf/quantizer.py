@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -34,6 +33,7 @@ from llmq.errors import LlmqError
 from llmq.formats import FORMATS, IN_MEMORY, format_of, unsupported_reason
 from llmq.formats.base import Format
 from llmq.hf.experts import without_merging
+from llmq.hf.model_class import model_class
 from llmq.hf.text_decoder import text_decoder
 from llmq.hf.verify import PackedLinear, find_linears
 from llmq.serving.fused import fuse_linears, make_ready
@@ -188,7 +188,8 @@ def load(path: str | Path, kernel: str | None = None, fuse: bool = False, **kwar
     arguments = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False, **kwargs}
     if not arguments["trust_remote_code"]:
         _refuse_remote_code(path, config)
-    model, info = AutoModelForCausalLM.from_pretrained(path, config=config, output_loading_info=True, **arguments)
+    built = model_class(config) or AutoModelForCausalLM
+    model, info = built.from_pretrained(path, config=config, output_loading_info=True, **arguments)
     missing = sorted(info["missing_keys"])
     if missing:
         raise LlmqError(f"{path}: {missing[0]} is missing" + (f", and {len(missing) - 1} more" if missing[1:] else ""))
@@ -208,7 +209,7 @@ def _config(path: str | Path, kwargs: Mapping[str, Any]) -> PreTrainedConfig:
 
 def _refuse_remote_code(path: str | Path, config: PreTrainedConfig) -> None:
     """Raise `LlmqError` if only Python code in the checkpoint could build the model. It runs only if requested."""
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if model_class(config) is None:
         remedy = ", and the code in the checkpoint (auto_map) is run only with trust_remote_code=True"
         raise LlmqError(
             f"{path}: transformers has no causal language model for model_type {config.model_type!r}"

@@ -1,8 +1,9 @@
-"""Files next to the weights: config, generation config, tokenizer, chat template.
+"""Files next to the weights: config, generation config, tokenizer, processors, chat template.
 
-The config is the model's own, with the new dtype and the `quantization_config`. The tokenizer's files are copied
-unchanged from a source folder; a tokenizer that comes from a GGUF file or from the caller is written by its
-`save_pretrained`. Code is never copied, and references to code (`auto_map`) are removed.
+The config is the model's own, with the new dtype and the `quantization_config`. All data files are copied unchanged from
+a source folder, whatever they are called (`DATA_FILES`); what stays behind is noted. A tokenizer that comes from a GGUF
+file or from the caller is written by its `save_pretrained`. Code is never copied, and references to code (`auto_map`) are
+removed.
 
 Nothing here depends on quantized weights, so everything can be written, and can fail, before a block is quantized.
 """
@@ -14,6 +15,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +23,36 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from llmq.errors import LlmqError
+from llmq.names import first_names
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-# The data files of a tokenizer: names, and folders that hold nothing else.
-TOKENIZER_FILES = (
-    "tokenizer*.json",
+PROCESSOR_CONFIGS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+# Data beside the weights: files of tokenizers and processors, and a folder that holds templates alone.
+DATA_FILES = (
+    "*.json",
+    "*.jsonl",
+    "*.txt",
     "*.model",
     "*.tiktoken",
+    "*.jinja",
     "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
     "additional_chat_templates/*",
 )
-_CODE = (".py", ".bin", ".so", ".pkl", ".pt", ".pth")
+# What describes the source's weights or its adapters, and what is written anew.
+_NOT_COPIED = (
+    "config.json",
+    "generation_config.json",
+    "*.index.json",
+    "adapter_*",
+    "llmq_report.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "params.json",
+)
+# Neither code, nor weights of any framework, nor a page for people.
+_NOT_DATA = (".py", ".bin", ".so", ".pkl", ".pt", ".pth", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 class SideFiles:
@@ -82,7 +97,9 @@ class SideFiles:
         """Which files the checkpoint will lack, with the reason. This is known before anything is written."""
         if self._copied is None:
             self.load_tokenizer()
-        return () if self._failure is None or self._copied else (f"the checkpoint has no tokenizer: {self._failure}",)
+        if self._copied is not None:
+            return _left_note(self._copied)
+        return () if self._failure is None else (f"the checkpoint has no tokenizer: {self._failure}",)
 
     def write(
         self, folder: Path, model: PreTrainedModel, dtype: torch.dtype, quantization_config: Mapping[str, Any]
@@ -106,14 +123,15 @@ class SideFiles:
 
     def _write_tokenizer(self, folder: Path) -> None:
         if self._copied is not None:
-            for file in tokenizer_files(self._copied):
+            for file in data_files(self._copied):
                 target = folder / file.relative_to(self._copied)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, target)
         elif not self.notes:
             self.tokenizer().save_pretrained(folder)
-        if (folder / TOKENIZER_CONFIG).is_file():
-            _strip_code(folder / TOKENIZER_CONFIG)
+        for name in (TOKENIZER_CONFIG, *PROCESSOR_CONFIGS):
+            if (folder / name).is_file():
+                _strip_code(folder / name)
 
     def _load(self) -> Any:
         where: Path | str | None = self._folder or self._name or None
@@ -139,12 +157,42 @@ def load_tokenizer(source: Any, **options: Any) -> Any:
         ) from error
 
 
-def tokenizer_files(folder: Path) -> Iterator[Path]:
-    """The tokenizer's files in `folder`: data only, and regular files only (a link to one counts)."""
-    for pattern in TOKENIZER_FILES:
-        for file in sorted(folder.glob(pattern)):
-            if file.is_file() and file.suffix not in _CODE:
-                yield file
+def data_files(folder: Path) -> Iterator[Path]:
+    """The files of the tokenizer and of processors in `folder`: data only, and regular files only (a link to one counts)."""
+    found = sorted({file for pattern in DATA_FILES for file in folder.glob(pattern) if file.is_file()})
+    for file in found:
+        if file.suffix not in _NOT_DATA and not any(fnmatch(file.name, pattern) for pattern in _NOT_COPIED):
+            yield file
+
+
+def left_behind(folder: Path) -> tuple[str, ...]:
+    """The names of what `folder` holds beside its safetensors and that no checkpoint gets: adapters, code, other weights, ...
+
+    Hidden entries and pages for people (README, licences, pictures) are not counted.
+    """
+    copied = {file.relative_to(folder).parts[0] for file in data_files(folder)}
+    written = {CONFIG, GENERATION}
+    return tuple(
+        entry.name
+        for entry in sorted(folder.iterdir())
+        if entry.name not in copied | written
+        and not entry.name.startswith(".")
+        and entry.suffix.lower() not in (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".pdf")
+        and not entry.name.upper().startswith(("LICEN", "NOTICE", "USE_POLICY"))
+        and not (fnmatch(entry.name, "model*.safetensors") or entry.name.endswith(".safetensors.index.json"))
+    )
+
+
+def _left_note(folder: Path) -> tuple[str, ...]:
+    """Notes on adapters, which change what a model computes, and on all else that is left behind."""
+    left = left_behind(folder)
+    notes: tuple[str, ...] = ()
+    if any(name.startswith("adapter_") for name in left):
+        notes = (
+            f"{folder} holds adapters beside the model: they are not applied; merge them first to quantize with them",
+        )
+    others = [name for name in left if not name.startswith("adapter_")]
+    return (*notes, f"not copied from the source: {first_names(others)}") if others else notes
 
 
 def _write_config(

@@ -20,11 +20,12 @@ import transformers
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llmq.checkpoint.reader import INDEX, SINGLE, Checkpoint, open_checkpoint
 from llmq.errors import LlmqError
-from llmq.hf.sidefiles import CONFIG, GENERATION, TOKENIZER_FILES, SideFiles
+from llmq.hf.model_class import model_class
+from llmq.hf.sidefiles import CONFIG, DATA_FILES, GENERATION, SideFiles
 from llmq.hf.source_base import Source, quiet
 from llmq.hf.source_folder import FolderSource
 from llmq.hf.source_gguf import load_gguf
@@ -35,6 +36,7 @@ __all__ = ["Source", "open_source"]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # `name` or `owner/name`, as the hub allows them
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+ADAPTER = "adapter_config.json"
 _CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
@@ -66,10 +68,26 @@ def open_source(
             raise LlmqError(f"revision is for hub repos; {gguf.name} is a local file; leave revision out")
         return _open_gguf(gguf, dtype, device, tokenizer, getattr(source, "prepare", None))
     folder = _folder(source, revision)
+    _refuse_adapters(folder)
     checkpoint = open_checkpoint(folder)
     config = read_config(folder)
     loaded_dtype, notes = _pick_dtype(dtype, _native_dtype(config, checkpoint))
     return FolderSource(checkpoint, config, loaded_dtype, device, SideFiles(folder, tokenizer=tokenizer), notes)
+
+
+def _refuse_adapters(folder: Path) -> None:
+    """Raise `LlmqError` for a folder that holds adapters and no model."""
+    file = folder / ADAPTER
+    if not file.is_file() or (folder / CONFIG).is_file():
+        return
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        base = None
+    raise LlmqError(
+        f"{folder} holds adapters ({ADAPTER}) and no model: load {base or 'their base model'} with peft, merge them into it "
+        "(merge_and_unload), save it with save_pretrained, and quantize that folder"
+    )
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -105,13 +123,14 @@ def check_config(config: PreTrainedConfig, where: str) -> None:
         raise LlmqError(
             f"{where}: only decoder-only models can be quantized; {config.model_type} is an encoder-decoder"
         )
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    found = model_class(config)
+    if found is None:
         raise LlmqError(
             f"{where}: only decoder-only models can be quantized; transformers has no causal language model for "
             f"{config.model_type}"
         )
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    if named and not any(each.endswith(_CAUSAL) or each in known for each in named):
+    if named and not any(each.endswith(_CAUSAL) or each in known or each == found.__name__ for each in named):
         raise LlmqError(
             f"{where}: only models that predict tokens can be quantized; this is {', '.join(named)}; "
             "use a causal language model"
@@ -179,7 +198,7 @@ def _folder(source: Any, revision: str | None) -> Path:
 
 
 def _download(repo: str, revision: str | None) -> Path:
-    small = ["config.json", GENERATION, INDEX, *TOKENIZER_FILES]
+    small = ["config.json", GENERATION, INDEX, *DATA_FILES]
     try:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=small))
         shards = _index_files(folder) or [SINGLE]

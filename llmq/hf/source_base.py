@@ -120,8 +120,13 @@ class Source(ABC):
         return self._experts
 
     def outer_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Checkpoint names and tensors of what `load_outer` loaded. They may be the caller's own: do not write to them."""
+        """Checkpoint names and tensors of what `load_outer` loaded. They may be the caller's own: do not write to them.
+
+        Raises `LlmqError`, naming it, for a tensor that holds NaN or inf.
+        """
         state = {name: tensor for name, tensor in self.model.state_dict().items() if self._block_of(name) is None}
+        for name, tensor in state.items():
+            check_finite(name, tensor)
         yield from stored_tensors(self.model, self._planned(), state)
 
     def block_tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
@@ -162,6 +167,15 @@ class Source(ABC):
         if self._names is None:
             self._names = plan_names(self.model, self._dtypes(), self._parts())
         return self._names
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise `LlmqError`, naming the tensor, if it holds NaN or inf."""
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise LlmqError(
+            f"{name} holds NaN or inf: the source is broken, or overflows in {str(tensor.dtype).removeprefix('torch.')}; "
+            "repair it, or choose --dtype bfloat16 or float32 if it overflows"
+        )
 
 
 class _HubOutput:

@@ -14,11 +14,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -31,6 +30,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import LlmqError
+from llmq.hf.model_class import model_class
 from llmq.hf.sidefiles import SideFiles
 from llmq.hf.skeleton import build_skeleton, compute_buffers
 from llmq.hf.source_base import Source, quiet
@@ -67,7 +67,7 @@ class FolderSource(Source):
         notes: tuple[str, ...] = (),
     ) -> None:
         with quiet():
-            model = build_skeleton(partial(AutoModelForCausalLM.from_config, trust_remote_code=False), config, dtype)
+            model = _skeleton(checkpoint, config, dtype)
             mapping = get_model_conversion_mapping(model)
         super().__init__(model, dtype, device, side, str(checkpoint.folder), notes)
         self.files = (checkpoint.folder,)
@@ -179,6 +179,20 @@ class FolderSource(Source):
                 f"{self._checkpoint.folder} lacks {first_names(absent)}, which {type(self.model).__name__} needs; "
                 "use a complete causal language model"
             )
+
+
+def _skeleton(checkpoint: Checkpoint, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of `config` on meta. Raises `LlmqError` with the reason if its class cannot be built from the config."""
+    found = model_class(config)
+    assert found is not None, "checked when the config was read"
+    try:
+        return build_skeleton(found._from_config, config, dtype)
+    except Exception as error:  # constructors raise anything on odd values
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise LlmqError(
+            f"{checkpoint.folder}: {found.__name__} cannot be built from config.json ({type(error).__name__}: {reason}); "
+            "correct that value, or install what it needs"
+        ) from error
 
 
 def route(model: PreTrainedModel, mapping: list[WeightRenaming | WeightConverter], checkpoint: Checkpoint) -> Routes:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Lock
@@ -26,14 +27,16 @@ from transformers import modeling_gguf_pytorch_utils as hf_gguf
 from llmq.errors import LlmqError
 from llmq.hf.sidefiles import SideFiles
 from llmq.hf.source_base import quiet
+from llmq.names import first_names
 
+_SPLIT = re.compile(r"-(\d+)-of-(\d+)\.gguf$")
 _PATCHING = Lock()  # held while functions of other libraries are replaced
 
 
 def load_gguf(file: Path, dtype: torch.dtype, side: SideFiles) -> PreTrainedModel:
     """The dequantized model in `file`, in `dtype`. The tokenizer of `side` is loaded as well, if there is one.
 
-    Raises `LlmqError` with the reason if the file cannot be read.
+    Raises `LlmqError` with the reason if the file cannot be read or lacks parameters of the model.
     """
     if not file.is_file():
         raise LlmqError(f"no such file: {file}; use the path of an existing .gguf file")
@@ -41,22 +44,36 @@ def load_gguf(file: Path, dtype: torch.dtype, side: SideFiles) -> PreTrainedMode
         raise LlmqError(f"reading {file} needs the gguf package, which is not installed; run `pip install gguf`")
     try:
         with quiet(), _read_once():
-            model = AutoModelForCausalLM.from_pretrained(
+            model, info = AutoModelForCausalLM.from_pretrained(
                 file.parent,
                 gguf_file=file.name,
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=dtype,
                 local_files_only=True,
                 trust_remote_code=False,
+                output_loading_info=True,
             )
             side.load_tokenizer()
     except Exception as error:  # the reader raises anything on odd files
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise LlmqError(f"{file} is not a model that transformers reads from GGUF: {lines[0]}") from error
+    refuse_incomplete(file, model, info["missing_keys"])
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model
+
+
+def refuse_incomplete(file: Path, model: PreTrainedModel, missing: Collection[str]) -> None:
+    """Raise `LlmqError` if the file lacks parameters, which transformers has filled with random numbers."""
+    absent = sorted(set(missing) & {name for name, _ in model.named_parameters()})
+    if not absent:
+        return
+    part = _SPLIT.search(file.name)
+    remedy = "download or convert it again"
+    if part is not None:
+        remedy = f"it is part {int(part[1])} of {int(part[2])}: merge the parts first (llama-gguf-split --merge)"
+    raise LlmqError(f"{file} lacks {first_names(absent)}, which {type(model).__name__} needs; {remedy}")
 
 
 @contextmanager

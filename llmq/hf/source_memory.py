@@ -40,9 +40,11 @@ class InMemorySource(Source):
         shared = sharing_copy(model)
         shared.eval()
         shared.config.dtype = dtype
+        fresh = _built_anew(shared, dtype)
+        _refuse_unlike(shared, fresh)
         super().__init__(shared, dtype, device, side, description, notes)
         self._originals = list(self._blocks)
-        self._cast = _loaded_dtypes(shared, model.dtype, dtype)
+        self._cast = _loaded_dtypes(shared, fresh, model.dtype, dtype)
 
     def load_outer(self) -> None:
         moved: dict[int, nn.Parameter] = {}  # by id of the original, so that tied parameters stay one object
@@ -82,7 +84,51 @@ class InMemorySource(Source):
         return nn.Parameter(tensor, requires_grad=False)
 
 
-def _loaded_dtypes(model: PreTrainedModel, native: torch.dtype, dtype: torch.dtype) -> dict[str, torch.dtype]:
+def _built_anew(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on meta that `from_pretrained` would build from the config of `model`."""
+    try:
+        with quiet():
+            return build_skeleton(type(model)._from_config, copy.deepcopy(model.config), dtype)
+    except Exception as error:  # constructors raise anything on odd values
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise LlmqError(
+            f"{type(model).__name__} cannot be built from its own config ({type(error).__name__}: {reason}); correct model.config"
+        ) from error
+
+
+def _refuse_unlike(model: PreTrainedModel, fresh: PreTrainedModel) -> None:
+    """Raise `LlmqError` if what is written could not be loaded: where `model` is not what its config builds.
+
+    fresh: the model that the config builds. The message names the first tensor that differs.
+    """
+    name, remedy = type(model).__name__, "change model.config to describe the model, or the model back to its config"
+    held, built = model.state_dict(), fresh.state_dict()
+    tied = fresh.all_tied_weights_keys
+    for key in (*built, *held):
+        if key not in held or key not in built:
+            has, lacks = (
+                ("the config builds", "the model lacks")
+                if key in built
+                else ("the model holds", "its config does not build")
+            )
+            raise LlmqError(f"{name} must be as its config describes it: {has} {key}, which {lacks}; {remedy}")
+        if held[key].shape != built[key].shape and key not in tied:  # tying replaces these, whatever their shapes
+            raise LlmqError(
+                f"{name} must be as its config describes it: {key} is {list(held[key].shape)}, its config builds "
+                f"{list(built[key].shape)}; {remedy}"
+            )
+    for target, source in tied.items():
+        one, other = held.get(target), held.get(source)
+        if one is not None and other is not None and one.data_ptr() != other.data_ptr() and not torch.equal(one, other):
+            raise LlmqError(
+                f"{name} must be as its config describes it: the config ties {target} to {source}, but their values differ; "
+                "set model.config.tie_word_embeddings to False"
+            )
+
+
+def _loaded_dtypes(
+    model: PreTrainedModel, fresh: PreTrainedModel, native: torch.dtype, dtype: torch.dtype
+) -> dict[str, torch.dtype]:
     """The dtype of every parameter and buffer after the model is cast from `native` to `dtype`.
 
     It is the dtype in which `from_pretrained` would load it: some models keep some parameters in float32. A tensor that
@@ -91,11 +137,10 @@ def _loaded_dtypes(model: PreTrainedModel, native: torch.dtype, dtype: torch.dty
     state = _tensors(model)
     if dtype == native:
         return {name: tensor.dtype for name, tensor in state.items()}
-    with quiet():
-        fresh = _tensors(build_skeleton(type(model)._from_config, copy.deepcopy(model.config), dtype))
+    built = _tensors(fresh)
     dtypes = {}
     for name, tensor in state.items():
-        known = fresh.get(name)
+        known = built.get(name)
         dtypes[name] = known.dtype if known is not None else dtype if tensor.dtype == native else tensor.dtype
     return dtypes
 

@@ -1,7 +1,7 @@
 """Where the text decoder lies in a model: the module that runs the decoder blocks, its name and its config.
 
-This is the only file that knows. Today's models are causal LMs, whose decoder is transformers' `base_model`; a
-vision-language wrapper, whose language model lies deeper, will be found here too.
+The decoder of a causal LM is transformers' `base_model`. That of a wrapper (vision-language, audio) lies deeper: it is the
+innermost module that holds the embedding of tokens and the blocks (`llmq.blocks.capture.find_decoder`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from llmq.blocks.capture import find_decoder
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,9 @@ class TextDecoder:
 
 def text_decoder(config: PreTrainedConfig, model: PreTrainedModel) -> TextDecoder:
     """The text decoder of `model`. config: the model's."""
-    module = model.base_model
-    name = "" if module is model else model.base_model_prefix
-    return TextDecoder(module, name, config.get_text_config(decoder=True))
+    text = config.get_text_config(decoder=True)
+    if text is not config:
+        name, module = find_decoder(model)
+        return TextDecoder(module, name, text)
+    base = model.base_model
+    return TextDecoder(base, "" if base is model else model.base_model_prefix, text)

@@ -9,7 +9,7 @@ else of the model is stored must have the model's shapes. Stored names are those
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from llmq.checkpoint.reader import Checkpoint
 from llmq.core.scheme import Scheme
 from llmq.errors import LlmqError
-from llmq.formats.base import Format, Layout, TensorSpec, check_specs
+from llmq.formats.base import Format, Layout, TensorSpec, check_specs, matches
 from llmq.hf.experts import take_apart_packed
 from llmq.hf.stored_names import plan_names
 
@@ -58,7 +58,7 @@ def find_linears(
             continue
         stored = names.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
         classes = [base.__name__ for base in type(module).__mro__]
-        scheme = layout.scheme_for(stored, classes, stored_format.scale_dtype(module.weight.dtype))
+        scheme = _scheme(layout, (stored, name), classes, stored_format.scale_dtype(module.weight.dtype))
         if scheme is None:
             continue
         if checkpoint is not None:
@@ -77,6 +77,17 @@ def find_linears(
 def _renamed(model: PreTrainedModel) -> Mapping[str, str]:
     state = model.state_dict()
     return plan_names(model, {name: tensor.dtype for name, tensor in state.items()}, [list(state)]).renamed
+
+
+def _scheme(layout: Layout, names: tuple[str, str], classes: Sequence[str], scale_dtype: torch.dtype) -> Scheme | None:
+    """The scheme of a linear that files and model call by different names: configs are written with either.
+
+    A name that is ignored wins. The files hold no tied head, so that the name that a head would have there is not known.
+    """
+    if any(matches(pattern, name, classes) for pattern in layout.ignore for name in names):
+        return None
+    found = (layout.scheme_for(name, classes, scale_dtype) for name in names)
+    return next((scheme for scheme in found if scheme is not None), None)
 
 
 def _stored_names(model: PreTrainedModel, checkpoint: Checkpoint | None) -> dict[str, str]:

@@ -6,8 +6,8 @@ The loop over K is that of `_wna16_swap` without split K; an expert's words, sca
 stacked layout. Columns of a block beyond its last assignment repeat the last one and are never written, at any BM: the rows
 of x are gathered, so a mask would save nothing. No program reads what another one writes: the same bits every time.
 
-PAIRS: block b is assignment b, and `order`, `first` and `last` are not read. Otherwise block b has the assignments order[first[b]]
-.. order[last[b] - 1]. An expert of a block outside of 0 .. E - 1 ends the program at once.
+PAIRS: block b is assignment b, and `order`, `first` and `last` are not read. Otherwise block b has the assignments
+order[first[b]] .. order[last[b] - 1]. An expert of a block outside of 0 .. E - 1 ends the program at once.
 
 The host (`llmq.kernels.grouped`) guarantees what `_wna16_swap` requires of x, words, scales and zeros, and rows of x that exist.
 """

@@ -30,9 +30,7 @@ GRIDS = [(4, F16, True), (4, F16, False), (4, BF16, False), (8, F16, False), (8,
 def weights(
     count: int, n: int, k: int, size: int, symmetric: bool, dtype: torch.dtype, bits: int = 4
 ) -> tuple[list[Packed], GroupedWeight]:
-    parts = [drawn(n, k, size, symmetric, dtype, bits=bits) for _ in range(count)]
-    for index, part in enumerate(parts):
-        part.scale.mul_(index + 1)  # no two experts are equal
+    parts = [drawn(n, k, size, symmetric, dtype, seed, bits) for seed in range(count)]
     return parts, grouped.prepare(parts)
 
 

@@ -99,7 +99,7 @@ def _show(rows: list[Checked]) -> None:
             str(case.bits),
             str(case.group or "channel"),
             "" if case.symmetric else "yes",
-            str(case.launch) if isinstance(case, MatmulCase) else "dequantize",
+            ("grouped " if case.grouped else "") + str(case.launch) if isinstance(case, MatmulCase) else "dequantize",
             str(code.registers),
             str(code.stack),
             str(code.shared),

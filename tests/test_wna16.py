@@ -37,7 +37,7 @@ def run_compiling(code: str) -> None:
 
 @pytest.mark.skipif(missing, reason="triton is not installed")
 def test_kernels_in_the_interpreter() -> None:
-    in_the_interpreter(*(f"tests/interpreted_{name}.py" for name in ("wna16", "dequant", "tuning")))
+    in_the_interpreter(*(f"tests/interpreted_{name}.py" for name in ("wna16", "grouped", "dequant", "tuning")))
 
 
 @pytest.mark.skipif(missing, reason="triton is not installed")

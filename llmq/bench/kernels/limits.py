@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -70,7 +71,15 @@ def cases(arch: str) -> Iterator[MatmulCase | DequantCase]:
     yield from (case_of(arch, "fp16", 128, True, bm, bn, split=1) for bm, bn in ((16, 64), (64, 128)))
     if arch == "sm_90":
         yield from (case_of(arch, "fp16", 128, True, 16, bn, "portable") for bn in (64, 128))
+    yield from grouped_cases(arch)
     yield from tuned_cases(arch)
+
+
+def grouped_cases(arch: str) -> Iterator[MatmulCase]:
+    """The launches for packed experts: the smallest and the largest common block."""
+    listed = [case_of(arch, "fp16", 128, True, 16, 64, split=1), case_of(arch, "bf16", 32, False, 64, 128, split=1)]
+    listed.append(case_of(arch, "fp16", 128, True, 16, 64, bits=8, split=1))
+    yield from (replace(case, grouped=True) for case in listed)
 
 
 def tuned_cases(arch: str, folder: Path = TUNED) -> list[MatmulCase]:
@@ -98,6 +107,7 @@ def few_cases(arch: str) -> Iterator[MatmulCase | DequantCase]:
     yield case_of(arch, "fp16", 128, True, 16, 64, split=1)
     yield case_of(arch, "fp16", 128, True, 16, 64, bits=8)
     yield case_of(arch, "bf16", 128, False, sizes[-1], 128, bits=8)
+    yield next(grouped_cases(arch))
 
 
 def case_of(
@@ -172,7 +182,7 @@ def key(case: MatmulCase | DequantCase) -> str:
     zeros = "symmetric" if case.symmetric else "zeros"
     what = f"{case.bits} bits dequantized"
     if isinstance(case, MatmulCase):
-        what = f"{'' if case.bits == 4 else f'int{case.bits} '}{case.launch}"
+        what = f"{'grouped ' if case.grouped else ''}{'' if case.bits == 4 else f'int{case.bits} '}{case.launch}"
     return f"{case.arch} {case.dtype} g{case.group} {zeros} {what}"
 
 

@@ -27,7 +27,9 @@ AMD_INSTRUCTION = re.compile(r"\s+([a-z]\w+)(.*)")
 AMD_LABEL = re.compile(r"(\.LBB\d+_\d+):")
 PRODUCTS = ("HGMMA", "HMMA", "QGMMA", "UTCHMMA", "UTCMMA", "v_mfma", "v_wmma")
 LANES = {"gfx942": 64}  # of a warp; elsewhere 32
-POINTERS = ("x", "words", "scales", "zeros", "bias", "y", "partials", "counters")
+POINTERS = ("x", "words", "scales", "zeros", "bias", "y")
+SPLIT_POINTERS = ("partials", "counters")
+GROUPED_POINTERS = ("experts", "order", "first", "last", "rows")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class MatmulCase:
     """The launch configuration."""
     bits: int = 4
     """Of a weight code."""
+    grouped: bool = False
+    """Whether it is the kernel for packed experts, sorted by expert."""
 
 
 @dataclass(frozen=True)
@@ -111,24 +115,25 @@ def compile_dequant(case: DequantCase) -> Any:
 
 
 def compile_matmul(case: MatmulCase) -> Any:
-    """Triton's compiled kernel, as `llmq.kernels.wna16` would launch it."""
+    """Triton's compiled kernel, as `llmq.kernels.wna16` or `llmq.kernels.grouped` would launch it."""
     import triton
     from triton import language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from llmq.kernels._grouped import wna16_grouped
     from llmq.kernels._wna16_swap import wna16_swap
 
-    if not hasattr(wna16_swap, "cache_key"):
+    kernel = wna16_grouped if case.grouped else wna16_swap
+    if not hasattr(kernel, "cache_key"):
         raise LlmqError("Triton cannot compile while it interprets; unset TRITON_INTERPRET")
-    launch, element = case.launch, f"*{case.dtype}"
-    types = dict.fromkeys(POINTERS, element) | dict.fromkeys(("words", "scales", "zeros", "counters"), "*i32")
-    types |= {"partials": "*fp32"} | dict.fromkeys(("M", "N", "K", "stride", "tiles"), "i32")
+    launch, names = case.launch, list(kernel.arg_names)
+    pointers = (*POINTERS, *(GROUPED_POINTERS if case.grouped else SPLIT_POINTERS))
+    types = dict.fromkeys(pointers, "*i32") | dict.fromkeys(("x", "bias", "y"), f"*{case.dtype}")
     constants = {
         "BM": launch.bm,
         "BN": launch.bn,
         "STAGES": launch.stages,
-        "SPLIT": launch.split,
         "BITS": case.bits,
         "GROUP": case.group,
         "SYMMETRIC": case.symmetric,
@@ -137,9 +142,14 @@ def compile_matmul(case: MatmulCase) -> Any:
         "SCALE": tl.float16 if case.dtype == "fp16" else tl.bfloat16,
         "FORM": launch.form,
     }
-    names = list(wna16_swap.arg_names)
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*POINTERS, "K", "stride")}
-    source = ASTSource(wna16_swap, types | dict.fromkeys(constants, "constexpr"), constants, aligned)
+    if case.grouped:
+        types |= dict.fromkeys(("N", "K", "stride", "tiles", "groups", "E"), "i32")
+        constants |= {"PAIRS": False, "ROWS": True}
+    else:
+        types |= {"partials": "*fp32"} | dict.fromkeys(("M", "N", "K", "stride", "tiles"), "i32")
+        constants |= {"SPLIT": launch.split}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, "K", "stride")}
+    source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants, aligned)
     return triton.compile(
         source, target=_target(case.arch, GPUTarget), options=compiler_options(case.arch, case.launch)
     )

@@ -49,7 +49,8 @@ def calibration_data(
         windows, note = _generated(source, calibration, length, progress)
         notes.append(note)
     else:
-        ids, _ = read_tokens(calibration.dataset, "calibration", source.tokenizer())
+        ids, corpus = read_tokens(calibration.dataset, "calibration", source.tokenizer())
+        notes += [corpus.note] if corpus.note else []
         windows = cut_windows(ids, calibration.num_samples, length, calibration.seed)
     if length < calibration.seq_len:
         notes.append(f"calibration windows of {length} tokens, not {calibration.seq_len}: the model's context")

@@ -98,6 +98,7 @@ def quantize(
             fallbacks=tuple(f"{row.name}: {note}" for row in rows for note in row.notes),
             notes=(
                 *opened.notes,
+                *plan.notes,
                 *window_notes,
                 *few_tokens_notes((row.shape[1], row.tokens, row.holdout_ratio) for row in rows),
             ),
@@ -207,7 +208,7 @@ def _run(
     layers: list[LinearReport] = []
     pairs: list[PairReport] = []
     inputs = [
-        BlockInputs(calls, lanes, few[0], probe.hidden[0].shape[1])
+        BlockInputs(calls, lanes, few[0], probe.hidden[0].shape[-2])
         for calls, few in zip(captured.calls, probe.calls, strict=True)
     ]
     results = quantize_blocks(source, BlockState(captured.hidden), inputs, plan, recipe, progress)

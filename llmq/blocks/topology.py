@@ -3,10 +3,14 @@
 Found by running the model or a block once, not from a table of names. Two linears read the same input when they are given
 the same storage at the same offset, shape, strides and version, while all inputs are kept alive, so that no memory can have
 been reused in between. Data plays no part: a model on meta will do.
+
+A linear that does not run exactly once in a forward is in no group: its weight is read by other code than its own forward
+(fused kernels), or it is reached by some tokens only (experts), or its runs read different inputs.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -14,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from llmq.blocks.capture import Call
-from llmq.errors import LlmqError
 
 Group = tuple[str, ...]
 """Names, inside their block, of linears that read one input, in execution order."""
@@ -25,39 +28,32 @@ def linears(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
-def input_groups(
-    block: nn.Module, call: Call, hidden: Tensor, needed: Collection[str] | None = None
-) -> tuple[Group, ...]:
-    """The linears of `block` grouped by the input that they share, groups and members in execution order.
+def input_groups(block: nn.Module, call: Call, hidden: Tensor) -> tuple[Group, ...]:
+    """The linears of `block` that run once, grouped by the input that they share, groups and members in execution order.
 
-    hidden: any hidden states of the right width, [batch, tokens, width]. needed: the linears that must run exactly once
-    (default: all); others that do not are left out.
-    Raises `LlmqError` where one of `needed` does not run, or runs more than once.
+    hidden: any hidden states of the right width, [batch, tokens, width].
     """
-    modules = linears(block)
-    with _watched(modules) as seen, torch.no_grad():
+    with _watched(linears(block)) as seen, torch.no_grad():
         call(block, hidden)
-    return _grouped(seen, modules, modules if needed is None else needed, type(block).__name__)
+    return _grouped(seen)
 
 
 def model_groups(
-    model: nn.Module, run: Callable[[Tensor], object], ids: Tensor, needed: Mapping[str, Collection[str]]
+    model: nn.Module, run: Callable[[Tensor], object], ids: Tensor, blocks: Collection[str]
 ) -> dict[str, tuple[Group, ...]]:
-    """`input_groups` of several blocks of `model` at once, from one forward of the whole model.
+    """`input_groups` of the named blocks of `model` at once, from one forward of the whole model.
 
-    run: runs the model on token ids [batch, tokens]. ids: of the model's device, meta included. needed: the names of blocks,
-    and of the linears of each that must run exactly once.
-    Raises `LlmqError` as `input_groups`, and whatever the model raises.
+    run: runs the model on token ids [batch, tokens]. ids: of the model's device, meta included.
+    Raises whatever the model raises.
     """
-    inside = {name: linears(model.get_submodule(name)) for name in needed}
+    inside = {name: linears(model.get_submodule(name)) for name in blocks}
     modules = {f"{block}.{name}": linear for block, found in inside.items() for name, linear in found.items()}
     with _watched(modules) as seen, torch.no_grad():
         run(ids)
-    groups = {}
-    for block, found in inside.items():
-        mine = [(name[len(block) + 1 :], x) for name, x in seen if name.startswith(f"{block}.")]
-        groups[block] = _grouped(mine, found, needed[block], type(model.get_submodule(block)).__name__)
-    return groups
+    return {
+        block: _grouped([(name[len(block) + 1 :], x) for name, x in seen if name.startswith(f"{block}.")])
+        for block in inside
+    }
 
 
 def structure(block: nn.Module) -> tuple[object, ...]:
@@ -81,19 +77,11 @@ def _watched(modules: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Tenso
             handle.remove()
 
 
-def _grouped(
-    seen: Sequence[tuple[str, Tensor]], names: Collection[str], needed: Collection[str], owner: str
-) -> tuple[Group, ...]:
-    counts = {name: sum(name == other for other, _ in seen) for name in names}
-    for name, count in counts.items():
-        if count != 1 and name in needed:
-            raise LlmqError(
-                f"{name} of {owner} runs {count} times in one forward: linears that only some tokens "
-                "reach (experts), or that are shared, are not supported; leave them out with --ignore"
-            )
+def _grouped(seen: Sequence[tuple[str, Tensor]]) -> tuple[Group, ...]:
+    counts = Counter(name for name, _ in seen)
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, x in seen:
-        if counts[name] == 1 or name in needed:
+        if counts[name] == 1:
             groups.setdefault(_identity(x), []).append(name)
     return tuple(tuple(members) for members in groups.values())
 

@@ -134,7 +134,7 @@ def make_preview(source: Sized, plan: Plan, config: QuantConfig, windows: int, l
         after = sum(spec.nbytes for spec in written.values())
         rows.append(PreviewRow(tensor.name, tensor.spec.shape, tensor.spec.nbytes, after, becomes))
     notes = [f"{row.name}: {row.note}" for row in plan.linears.values() if row.note]
-    return Preview(tuple(rows), _memory(source, plan, config, windows, length), (*source.notes, *notes))
+    return Preview(tuple(rows), _memory(source, plan, config, windows, length), (*source.notes, *plan.notes, *notes))
 
 
 def with_writing(made: Preview, source: Sized, count: int, length: int, rows: int) -> Preview:

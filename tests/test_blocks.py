@@ -310,6 +310,17 @@ def test_linears_that_do_not_run_exactly_once_are_in_no_group(times: int) -> Non
     assert found == (("a",),)
 
 
+class ReadsAWeight(TwoLinears):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.b.weight.dtype))
+
+
+def test_a_linear_whose_weight_other_code_reads_is_in_no_group() -> None:
+    block = ReadsAWeight(1)
+    assert input_groups(block, Call(0, (None,), {}), torch.randn(1, 2, 8)) == (("a",),)
+    assert type(block.b) is nn.Linear
+
+
 class Meddler(nn.Module):
     """A decoder that does something to the hidden states between its blocks."""
 

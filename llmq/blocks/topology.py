@@ -5,7 +5,8 @@ the same storage at the same offset, shape, strides and version, while all input
 been reused in between. Data plays no part: a model on meta will do.
 
 A linear that does not run exactly once in a forward is in no group: its weight is read by other code than its own forward
-(fused kernels), or it is reached by some tokens only (experts), or its runs read different inputs.
+(fused kernels), or it is reached by some tokens only (experts), or its runs read different inputs. A linear whose weight is
+read outside its own forward, if only for its dtype, is in no group either: a packed linear has no such weight.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,22 +68,46 @@ def structure(block: nn.Module) -> tuple[object, ...]:
 def _watched(modules: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Tensor]]]:
     """While open: the name and input of each of `modules` that runs is appended to the list."""
     seen: list[tuple[str, Tensor]] = []
-    handles = [
-        module.register_forward_pre_hook(lambda _, inputs, name=name: seen.append((name, inputs[0])))
-        for name, module in modules.items()
-    ]
+    classes = {name: type(module) for name, module in modules.items()}
+    running: set[str] = set()
+
+    def began(name: str, inputs: tuple[Tensor, ...]) -> None:
+        running.add(name)
+        seen.append((name, inputs[0]))
+
+    handles = []
+    for name, module in modules.items():
+        handles.append(module.register_forward_pre_hook(lambda _, inputs, name=name: began(name, inputs)))
+        handles.append(module.register_forward_hook(lambda *_, name=name: running.discard(name)))
+        module.__class__ = _noting_reads(type(module), name, running, seen)
     try:
         yield seen
     finally:
+        for name, module in modules.items():
+            module.__class__ = classes[name]
         for handle in handles:
             handle.remove()
+
+
+def _noting_reads(
+    cls: type[nn.Module], name: str, running: Collection[str], seen: list[tuple[str, Tensor]]
+) -> type[nn.Module]:
+    """A subclass of `cls` that counts a read of the weight outside the forward as one more run."""
+
+    def read(self: nn.Module, key: str) -> Any:
+        value = cls.__getattr__(self, key)
+        if key == "weight" and name not in running:
+            seen.append((name, value))
+        return value
+
+    return type(cls.__name__, (cls,), {"__getattr__": read, "__module__": cls.__module__})
 
 
 def _grouped(seen: Sequence[tuple[str, Tensor]]) -> tuple[Group, ...]:
     counts = Counter(name for name, _ in seen)
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, x in seen:
-        if counts[name] == 1:
+        if counts[name] == 1 and not isinstance(x, nn.Parameter):
             groups.setdefault(_identity(x), []).append(name)
     return tuple(tuple(members) for members in groups.values())
 

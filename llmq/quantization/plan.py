@@ -120,7 +120,8 @@ def _left_dense(chosen: Mapping[str, tuple[int, int]], once: Collection[str]) ->
             f"do not ({which}): linears that only some tokens reach (experts), or that are shared, are not supported; "
             "leave them out with --ignore"
         )
-    return (f"{len(left)} linears stay dense, since they do not run exactly once in one forward: {which}",)
+    why = "the model does not call them exactly once in one forward, or reads their weights itself"
+    return (f"{len(left)} linears stay dense, since {why}: {which}",)
 
 
 def _planned_groups(block: str, groups: Sequence[Group], planned: Collection[str]) -> tuple[Group, ...]:

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import HIDDEN, VOCAB, randomize
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import llmq
 from llmq import QuantConfig
 from llmq.serving.linear import QuantLinear
+from tests.tiny import HIDDEN, VOCAB, randomize
 
 IDS = torch.randint(3, VOCAB, (16, 32), generator=torch.Generator().manual_seed(1))
 COMMON = {

@@ -55,10 +55,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "xglm": {"d_model": HIDDEN, "attention_heads": 4, "num_layers": 2, "ffn_dim": 128},
 }
-RARE = ("olmo_hybrid", "granitemoehybrid", "xglm")
+RARE = ("falcon_h1", "olmo_hybrid", "granitemoehybrid", "xglm")
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
+@pytest.mark.parametrize("method", ["rtn", "gptq", pytest.param("awq", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("arch", [pytest.param(a, marks=pytest.mark.slow if a in RARE else ()) for a in FAMILIES])
 def test_the_packed_model_computes_what_the_dequantized_one_does(tmp_path, arch, method):
     dense = AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **COMMON | FAMILIES[arch])).float().eval()

@@ -96,7 +96,7 @@ def _noting_reads(
 
     def read(self: nn.Module, key: str) -> Any:
         value = cls.__getattr__(self, key)
-        if key == "weight" and name not in running:
+        if key == "weight" and name not in running and isinstance(value, Tensor):
             seen.append((name, value))
         return value
 

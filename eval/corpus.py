@@ -5,20 +5,20 @@
     wikitext2   wikitext-2-raw-v1, lines joined by a blank line (the GPTQ protocol); splits: train / test
     c4          allenai/c4, English: the first documents of training file 0 / the first 1,100 of validation file 0,
                 joined by one space (`c4-new`, as in the GPTQ paper's camera-ready; not comparable with `c4` figures)
-    PATH        a UTF-8 text file, the same text for both splits; a `.jsonl` file of conversations (`load_conversations`)
+    PATH        a UTF-8 text file, the same text for both splits; JSON records of texts, which are joined by blank lines, or
+                of conversations (`load_conversations`); see `llmq.eval.records`
 
 The topics of `builtin` quote one another: whole sections occur in two or three of them, and almost half of the
 evaluation topics' text occurs in other topics as well. Every paragraph is therefore kept once. The evaluation text is
 taken first, so that no paragraph is in both texts. The text differs between Python versions; the description states the
 version.
 
-Left out: other record files, the old random-crop protocol of C4, PTB. `datasets` is imported only by the two corpora
+Left out: tables, the old random-crop protocol of C4, PTB. `datasets` is imported only by the two corpora
 that need it.
 """
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmq.errors import LlmqError
+from llmq.eval.records import Record, parse_records, record_messages, record_text
 
 Split = Literal["calibration", "evaluation"]
 
@@ -46,12 +47,14 @@ class Corpus:
         text: the whole text.
         description: one line for the report: source, split and how the text was joined.
         max_tokens: maximum number of tokens that the corpus's protocol scores (c4: 256 windows of 2048); None for all.
+        note: how a file of records was read; None for plain text.
     """
 
     name: str
     text: str
     description: str
     max_tokens: int | None = None
+    note: str | None = None
 
 
 def load_text(dataset: str, split: Split) -> Corpus:
@@ -163,39 +166,42 @@ def _file(dataset: str) -> Corpus:
         )
     if path.is_dir():
         raise LlmqError(f"dataset must be {names} or the path of a text file; {dataset} is a folder; use a file in it")
-    if is_conversations(dataset):
-        raise LlmqError(f"{dataset} must hold one text, but it holds conversations; convert it to plain text")
     text = _read(path)
+    records = parse_records(dataset, text) if text.strip() else []
+    if _hold_conversations(records):
+        raise LlmqError(f"{dataset} must hold one text, but it holds conversations; convert it to plain text")
+    description = f"the text file {dataset}"
+    if records:
+        text = "\n\n".join(record_text(record) for record in records)
+        description = f"{len(records)} records of {dataset}, their texts joined by blank lines"
     if not text.strip():
         raise LlmqError(f"dataset files must hold text; {dataset} is empty; {OFFLINE_REMEDY}")
-    return Corpus(dataset, text, f"the text file {dataset}")
+    return Corpus(dataset, text, description, note=f"calibration text: {description}" if records else None)
 
 
 def is_conversations(dataset: str) -> bool:
-    """Whether `dataset` names a file of conversations (for `load_conversations`) rather than one text."""
-    return Path(dataset).suffix == ".jsonl"
+    """Whether `dataset` names a file of conversations (for `load_conversations`) rather than one text.
+
+    Raises `LlmqError` for a file that cannot be read and for broken records.
+    """
+    if dataset in (name for name, _ in CORPORA) or not Path(dataset).is_file():
+        return False
+    return _hold_conversations(parse_records(dataset, _read(Path(dataset))))
+
+
+def _hold_conversations(records: Sequence[Record] | None) -> bool:
+    return bool(records) and records is not None and "messages" in records[0].value
 
 
 def load_conversations(dataset: str) -> list[list[dict[str, Any]]]:
-    """The conversations of a JSONL file. Each line is an object whose `messages` are a list of {role, content}.
+    """The conversations of a file of records, each of which holds `messages`: a list of {role, content}.
 
-    Raises `LlmqError` for an unreadable or empty file, and for any other line, with its number.
+    Raises `LlmqError` for an unreadable or empty file, and for any other record, with its line or number.
     """
     path = Path(dataset)
     if not path.is_file():
         raise LlmqError(f"no such dataset file: {dataset}; use an existing file")
-    conversations = []
-    for number, line in enumerate(_read(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            messages = json.loads(line)["messages"]
-            good = isinstance(messages, list) and messages and all(m["role"] and "content" in m for m in messages)
-        except (ValueError, KeyError, TypeError) as error:
-            raise LlmqError(f"{dataset}, line {number}: not an object with messages ({error})") from None
-        if not good:
-            raise LlmqError(f"{dataset}, line {number}: messages must be a list of objects with role and content")
-        conversations.append(messages)
+    conversations = [record_messages(record) for record in parse_records(dataset, _read(path)) or ()]
     if not conversations:
         raise LlmqError(f"dataset files must hold conversations; {dataset} is empty; {OFFLINE_REMEDY}")
     return conversations
@@ -203,7 +209,7 @@ def load_conversations(dataset: str) -> list[list[dict[str, Any]]]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
     except UnicodeDecodeError as error:
         raise LlmqError(
             f"dataset files must be UTF-8 text; {path} is not (byte {error.start}); "

@@ -102,6 +102,7 @@ def quantize(
             notes=(
                 *opened.notes,
                 *opened.experts.notes(plan.linears),
+                *plan.notes,
                 *window_notes,
                 *few_tokens_notes((row.shape[1], row.tokens, row.holdout_ratio) for row in rows if not is_expert(row)),
                 *expert_notes(rows),
@@ -214,7 +215,7 @@ def _run(
     layers: list[LinearReport] = []
     pairs: list[PairReport] = []
     inputs = [
-        BlockInputs(calls, lanes, few[0], probe.hidden[0].shape[1])
+        BlockInputs(calls, lanes, few[0], probe.hidden[0].shape[-2])
         for calls, few in zip(captured.calls, probe.calls, strict=True)
     ]
     results = quantize_blocks(source, BlockState(captured.hidden), inputs, plan, recipe, progress)

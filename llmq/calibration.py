@@ -83,9 +83,9 @@ def tokenize_dataset(dataset: str, text: Corpus | Conversations, tokenizer: Any)
     except Exception as error:  # templates raise anything on roles that they do not know
         raise LlmqError(f"{dataset} does not fit the model's chat template: {str(error).splitlines()[0]}") from error
     ids = [i for part in texts for i in tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]]
-    return torch.tensor(ids, dtype=torch.int64), Corpus(
-        dataset, "".join(texts), f"{len(text)} conversations of {dataset}"
-    )
+    description = f"{len(text)} conversations of {dataset}"
+    corpus = Corpus(dataset, "".join(texts), description, note=f"calibration text: {description}")
+    return torch.tensor(ids, dtype=torch.int64), corpus
 
 
 def read_tokens(dataset: str, split: Split, tokenizer: Any) -> tuple[Tensor, Corpus]:

@@ -16,7 +16,8 @@ from llmq.bench.families import TOLERANCE, Family, measure, model_types
 HEAD = """# Model types
 
 Every causal language model type of transformers whose default config can be made small: random weights, quantized with
-`{method}` in groups of 32, loaded packed, and compared with a model that holds the dequantized weights. Made by `python scripts/models_table.py`.
+`{method}` in groups of 32, loaded packed, and compared with a model that holds the dequantized weights.
+Made by `python scripts/models_table.py`.
 
 *Quantized*: share of the parameters of the decoder blocks. *Stays*: what holds the other matrices of the blocks.
 *Difference*: relative, of the logits of the packed model; float32 rounds by about 1e-6.

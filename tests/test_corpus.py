@@ -205,3 +205,50 @@ def test_no_conversations_at_all(tmp_path):
 def test_an_unknown_split_is_refused():
     with pytest.raises(LlmqError, match="calibration or evaluation; got 'test'"):
         load_text("builtin", "test")
+
+
+MESSAGES = [{"role": "user", "content": "one\u2028two\u0085three\u2029"}]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.json", "a.txt"])
+def test_conversations_are_recognized_by_content(tmp_path, name, encoding):
+    rows = [{"messages": MESSAGES}] * 2
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    for content in (lines, json.dumps(rows, indent=1), f"\n{lines}\n\n"):
+        (tmp_path / name).write_text(content, encoding=encoding)
+        assert is_conversations(str(tmp_path / name))
+        assert load_conversations(str(tmp_path / name)) == [MESSAGES] * 2
+
+
+@pytest.mark.parametrize("content", ['{"text": "a\u2028"}\n{"text": "b"}', '[{"text": "a\u2028"}, {"text": "b"}]'])
+def test_the_texts_of_records_are_joined_by_blank_lines(tmp_path, content):
+    (tmp_path / "a.json").write_text(content, encoding="utf-8")
+    corpus = load_text(str(tmp_path / "a.json"), "calibration")
+    assert corpus.text == "a\u2028\n\nb"
+    assert "2 records of" in str(corpus.note)
+
+
+@pytest.mark.parametrize("content", ["{ braces } are text", "[1] A footnote.", "[1, 2]", '"quoted"', "{}\\n {"])
+def test_text_that_only_begins_like_json_is_text(tmp_path, content):
+    (tmp_path / "a.txt").write_text(content, encoding="utf-8-sig")
+    corpus = load_text(str(tmp_path / "a.txt"), "calibration")
+    assert (corpus.text, corpus.note) == (content, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "a"}\n{"text": ', "line 2: not an object"),
+        ("a.json", "[1, 2]", "line 1: not an object with messages or a text"),
+        ("a.txt", '{"text": "a"}\nplain', "line 2: not an object"),
+        ("a.jsonl", '{"prompt": "a"}', "line 1: a record must hold messages or a text; its keys are prompt; "),
+        ("a.json", '[{"text": "a"}, {"text": 1}]', "record 2: a record must hold"),
+        ("a.jsonl", '{"text": "\\ud83d"}', "line 1: text must be Unicode, and this holds half a surrogate pair"),
+        ("a.csv", "text\na", "is a table"),
+    ],
+)
+def test_other_records_are_refused_by_their_place(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(LlmqError, match=message):
+        load_text(str(tmp_path / name), "calibration")

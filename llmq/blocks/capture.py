@@ -13,7 +13,8 @@ one returned. A model that changes the hidden states between its blocks is refus
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,21 @@ from llmq.errors import LlmqError
 
 class Stop(BaseException):
     """Ends a forward whose remainder is not needed. Not an `Exception`, so that no model code swallows it."""
+
+
+@contextmanager
+def foreign_code(what: str) -> Iterator[None]:
+    """While open, whatever a model's own code raises becomes an `LlmqError` that begins with `what` and states the cause."""
+    try:
+        yield
+    except LlmqError:
+        raise
+    except Exception as error:  # a model's code may raise anything
+        cause = (str(error).splitlines() or [""])[0]
+        raise LlmqError(
+            f"{what}: its code raises {type(error).__name__}: {cause}; models whose blocks depend on more than the "
+            "arguments of each call are not supported"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,24 @@ class Call:
             kwargs[self.place] = hidden
         result = block(*args, **kwargs)
         return result if isinstance(result, Tensor) else result[0]
+
+
+def all_results(call: Call, output: Tensor) -> Tensor:
+    """All that a block computed in `call`, in one vector: `output`, and the tensors that it left in the mappings among its
+    arguments, where later blocks read them (layers that share keys and values). A copy."""
+    given = (*call.args, *call.kwargs.values())
+    states = [value for value in given if isinstance(value, MutableMapping)]
+    left = [tensor for state in states for value in state.values() for tensor in _tensors(value)]
+    return torch.cat([x.flatten() for x in (output, *left)])
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
 
 
 @dataclass(frozen=True)

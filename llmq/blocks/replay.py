@@ -113,7 +113,7 @@ def suspended_limit(device: torch.device) -> int:
 
 def suspended_bytes(block: nn.Module, hidden: Sequence[Tensor]) -> int:
     """The most that suspended forwards of all batches hold inside `block`: see `elements_per_batch`."""
-    return sum(elements_per_batch(block, *x.shape) for x in hidden) * hidden[0].element_size() if len(hidden) else 0
+    return sum(x[..., 0, 0, 0].nbytes * elements_per_batch(block, *x.shape[-3:]) for x in hidden)
 
 
 def elements_per_batch(block: nn.Module, batch: int, tokens: int, width: int) -> int:

@@ -133,11 +133,11 @@ class SecondMoment:
 
 
 def held_out_start(hidden: Sequence[Tensor]) -> int:
-    """The number of the first calibration token that is held out, counted over batches [batch, tokens, width] in order.
+    """The number of the first calibration token that is held out, counted over batches [..., batch, tokens, width] in order.
 
     The last quarter of the windows is held out, at least one; of a single window its last quarter.
     """
-    windows, tokens = sum(x.shape[0] for x in hidden), hidden[0].shape[1]
+    windows, tokens = sum(x.shape[-3] for x in hidden), hidden[0].shape[-2]
     if windows == 1:
         return tokens - tokens // HELD_OUT
     return (windows - max(1, windows // HELD_OUT)) * tokens

@@ -3,10 +3,15 @@
 Found by running the model or a block once, not from a table of names. Two linears read the same input when they are given
 the same storage at the same offset, shape, strides and version, while all inputs are kept alive, so that no memory can have
 been reused in between. Data plays no part: a model on meta will do.
+
+A linear that does not run exactly once in a forward is in no group: its weight is read by other code than its own forward
+(fused kernels), or it is reached by some tokens only (experts), or its runs read different inputs. A linear whose weight is
+read outside its own forward, if only for its dtype, is in no group either: a packed linear has no such weight.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from llmq.blocks.capture import Call
-from llmq.errors import LlmqError
 
 Group = tuple[str, ...]
 """Names, inside their block, of linears that read one input, in execution order."""
@@ -26,46 +30,46 @@ def linears(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
-def input_groups(
-    block: nn.Module, call: Call, hidden: Tensor, needed: Collection[str] | None = None
-) -> tuple[Group, ...]:
-    """The linears of `block` grouped by the input that they share, groups and members in execution order.
+def input_groups(block: nn.Module, call: Call, hidden: Tensor) -> tuple[Group, ...]:
+    """The linears of `block` that run once, grouped by the input that they share, groups and members in execution order.
 
-    hidden: any hidden states of the right width, [batch, tokens, width]. needed: the linears that must run exactly once
-    (default: all); others that do not are left out.
-    Raises `LlmqError` where one of `needed` does not run, or runs more than once.
+    hidden: any hidden states of the right width, [batch, tokens, width].
     """
-    modules = linears(block)
-    with _watched(modules) as seen, torch.no_grad():
+    with _watched(linears(block)) as seen, torch.no_grad():
         call(block, hidden)
-    return _grouped(seen, modules, modules if needed is None else needed, type(block).__name__)
+    return _grouped(seen)
 
 
 def run_order(block: nn.Module, call: Call, hidden: Tensor, names: Collection[str]) -> tuple[str, ...]:
     """`names` of modules of `block` that run for `hidden` [batch, tokens, width], in the order in which they first do."""
-    with _watched({name: block.get_submodule(name) for name in names}) as seen, torch.no_grad():
-        call(block, hidden)
-    return tuple(dict.fromkeys(name for name, _ in seen))
+    seen: list[str] = []
+    hooked = [(name, block.get_submodule(name)) for name in names]
+    handles = [module.register_forward_pre_hook(lambda *_, name=name: seen.append(name)) for name, module in hooked]
+    try:
+        with torch.no_grad():
+            call(block, hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(dict.fromkeys(seen))
 
 
 def model_groups(
-    model: nn.Module, run: Callable[[Tensor], object], ids: Tensor, needed: Mapping[str, Collection[str]]
+    model: nn.Module, run: Callable[[Tensor], object], ids: Tensor, blocks: Collection[str]
 ) -> dict[str, tuple[Group, ...]]:
-    """`input_groups` of several blocks of `model` at once, from one forward of the whole model.
+    """`input_groups` of the named blocks of `model` at once, from one forward of the whole model.
 
-    run: runs the model on token ids [batch, tokens]. ids: of the model's device, meta included. needed: the names of blocks,
-    and of the linears of each that must run exactly once.
-    Raises `LlmqError` as `input_groups`, and whatever the model raises.
+    run: runs the model on token ids [batch, tokens]. ids: of the model's device, meta included.
+    Raises whatever the model raises.
     """
-    inside = {name: linears(model.get_submodule(name)) for name in needed}
+    inside = {name: linears(model.get_submodule(name)) for name in blocks}
     modules = {f"{block}.{name}": linear for block, found in inside.items() for name, linear in found.items()}
     with _watched(modules) as seen, torch.no_grad():
         run(ids)
-    groups = {}
-    for block, found in inside.items():
-        mine = [(name[len(block) + 1 :], x) for name, x in seen if name.startswith(f"{block}.")]
-        groups[block] = _grouped(mine, found, needed[block], type(model.get_submodule(block)).__name__)
-    return groups
+    return {
+        block: _grouped([(name[len(block) + 1 :], x) for name, x in seen if name.startswith(f"{block}.")])
+        for block in inside
+    }
 
 
 def structure(block: nn.Module) -> tuple[object, ...]:
@@ -78,31 +82,46 @@ def structure(block: nn.Module) -> tuple[object, ...]:
 def _watched(modules: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Tensor]]]:
     """While open: the name and first argument of each of `modules` that runs is appended to the list."""
     seen: list[tuple[str, Tensor]] = []
+    classes = {name: type(module) for name, module in modules.items()}
+    running: set[str] = set()
 
-    def hook(name: str) -> Any:
-        return lambda _, args, kwargs: seen.append((name, args[0] if args else next(iter(kwargs.values()))))
+    def began(name: str, inputs: tuple[Tensor, ...]) -> None:
+        running.add(name)
+        seen.append((name, inputs[0]))
 
-    handles = [module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in modules.items()]
+    handles = []
+    for name, module in modules.items():
+        handles.append(module.register_forward_pre_hook(lambda _, inputs, name=name: began(name, inputs)))
+        handles.append(module.register_forward_hook(lambda *_, name=name: running.discard(name)))
+        module.__class__ = _noting_reads(type(module), name, running, seen)
     try:
         yield seen
     finally:
+        for name, module in modules.items():
+            module.__class__ = classes[name]
         for handle in handles:
             handle.remove()
 
 
-def _grouped(
-    seen: Sequence[tuple[str, Tensor]], names: Collection[str], needed: Collection[str], owner: str
-) -> tuple[Group, ...]:
-    counts = {name: sum(name == other for other, _ in seen) for name in names}
-    for name, count in counts.items():
-        if count != 1 and name in needed:
-            raise LlmqError(
-                f"{name} of {owner} runs {count} times in one forward: linears that only some tokens "
-                "reach (experts), or that are shared, are not supported; leave them out with --ignore"
-            )
+def _noting_reads(
+    cls: type[nn.Module], name: str, running: Collection[str], seen: list[tuple[str, Tensor]]
+) -> type[nn.Module]:
+    """A subclass of `cls` that counts a read of the weight outside the forward as one more run."""
+
+    def read(self: nn.Module, key: str) -> Any:
+        value = cls.__getattr__(self, key)
+        if key == "weight" and name not in running and isinstance(value, Tensor):
+            seen.append((name, value))
+        return value
+
+    return type(cls.__name__, (cls,), {"__getattr__": read, "__module__": cls.__module__})
+
+
+def _grouped(seen: Sequence[tuple[str, Tensor]]) -> tuple[Group, ...]:
+    counts = Counter(name for name, _ in seen)
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, x in seen:
-        if counts[name] == 1 or name in needed:
+        if counts[name] == 1 and not isinstance(x, nn.Parameter):
             groups.setdefault(_identity(x), []).append(name)
     return tuple(tuple(members) for members in groups.values())
 

@@ -51,7 +51,8 @@ def calibration_data(
         windows, note = _generated(source, calibration, length, progress)
         notes.append(note)
     else:
-        ids, _ = read_tokens(calibration.dataset, "calibration", source.tokenizer())
+        ids, corpus = read_tokens(calibration.dataset, "calibration", source.tokenizer())
+        notes += [corpus.note] if corpus.note else []
         windows = cut_windows(ids, calibration.num_samples, length, calibration.seed)
     rows = source.model.get_input_embeddings().weight.shape[0]
     check_vocabulary(windows, rows, f"token ids of the calibration text {calibration.dataset}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
-from llmq.blocks.capture import Captured, capture
+from llmq.blocks.capture import Captured, capture, foreign_code
 from llmq.blocks.stacks import find_stacks
 from llmq.blocks.topology import Group, input_groups, model_groups, structure
 from llmq.errors import LlmqError
@@ -32,7 +32,8 @@ def run_decoder(model: PreTrainedModel, ids: Tensor) -> object:
 
 def capture_blocks(source: Source, batches: Sequence[Tensor]) -> Captured:
     """What every block of `source` is given for batches of token ids. What lies outside the blocks must be loaded."""
-    return capture(source.model, partial(run_decoder, source.model), batches)
+    with foreign_code(f"{type(source.model).__name__} cannot be run with its blocks left out"):
+        return capture(source.model, partial(run_decoder, source.model), batches)
 
 
 def probe_ids(model: PreTrainedModel) -> Tensor:
@@ -40,19 +41,19 @@ def probe_ids(model: PreTrainedModel) -> Tensor:
     return torch.arange(PROBE_TOKENS).remainder(model.config.get_text_config().vocab_size)[None]
 
 
-def shared_inputs(model: PreTrainedModel, needed: Mapping[str, Collection[str]]) -> dict[str, tuple[Group, ...]]:
+def shared_inputs(model: PreTrainedModel, blocks: Collection[str]) -> dict[str, tuple[Group, ...]]:
     """Which linears of each block share an input, from one forward of the model; one that lies on meta is run on fake tensors.
 
-    needed: the names of blocks, and of the linears in each that must run exactly once. Raises what the model raises.
+    blocks: their names. Raises what the model raises.
     """
     ids = probe_ids(model)
     if not any(parameter.is_meta for parameter in model.parameters()):
-        return model_groups(model, partial(run_decoder, model), ids, needed)
+        return model_groups(model, partial(run_decoder, model), ids, blocks)
     model = sharing_copy(model)  # modules may keep what they compute
     for name in dict.fromkeys(stack.module for stack in find_stacks(model)):
         model.set_submodule(name, _WithoutExperts())
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        return model_groups(model, partial(run_decoder, model), mode.from_tensor(ids.to("meta")), needed)
+        return model_groups(model, partial(run_decoder, model), mode.from_tensor(ids.to("meta")), blocks)
 
 
 class _WithoutExperts(nn.Module):
@@ -63,14 +64,14 @@ class _WithoutExperts(nn.Module):
         return torch.zeros_like(given)
 
 
-def find_shared_inputs(source: Source, needed: Mapping[str, Collection[str]]) -> dict[str, tuple[Group, ...]]:
+def find_shared_inputs(source: Source, blocks: Collection[str]) -> dict[str, tuple[Group, ...]]:
     """`shared_inputs` of a source. Of a model on disk no weight is read for it.
 
     Where a model cannot be run like that, one block of each structure is loaded and run.
-    Raises `LlmqError` as `llmq.blocks.topology.model_groups`.
+    Raises `LlmqError` for a model that cannot be run at all.
     """
     try:
-        return shared_inputs(source.model, needed)
+        return shared_inputs(source.model, blocks)
     except LlmqError:
         raise
     except UNRUNNABLE:
@@ -80,12 +81,13 @@ def find_shared_inputs(source: Source, needed: Mapping[str, Collection[str]]) ->
     groups: dict[str, tuple[Group, ...]] = {}
     for index in range(len(source)):
         name = f"{source.blocks_name}.{index}"
-        if name not in needed:
+        if name not in blocks:
             continue
-        built = structure(source.model.get_submodule(name)), tuple(needed[name])
+        built = structure(source.model.get_submodule(name))
         if built not in known:
             block = source.load_block(index)
-            known[built] = input_groups(block, probe.calls[index][0], probe.hidden[0], needed[name])
+            with foreign_code(f"{name} cannot be run on what the model gives it"):
+                known[built] = input_groups(block, probe.calls[index][0], probe.hidden[0])
             source.release_block(index)
         groups[name] = known[built]
     return groups

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from llmq.blocks.capture import Call
+from llmq.blocks.capture import Call, foreign_code
 from llmq.blocks.replay import Inputs, Stage, staged
 from llmq.blocks.statistics import Statistics, held_out_start, observe
 from llmq.blocks.topology import Group, input_groups, linears
@@ -60,7 +60,7 @@ class BlockState:
     """What passes from one block to the next; exactly what a resumed run must restore.
 
     Fields:
-        hidden: the next block's input for each batch, [batch, tokens, width].
+        hidden: the next block's input for each batch, [..., batch, tokens, width]; Gemma 3n has several streams.
         pairs: those of the last block, which the next one is tried with first.
     """
 
@@ -104,7 +104,7 @@ def quantize_block(
     """
     name = plan.blocks[index]
     planned, groups, stacks = plan.of_block(name), plan.groups[index], plan.stacks[index]
-    few = state.hidden[0][:1, : inputs.probe_tokens]
+    few = state.hidden[0][..., :1, : inputs.probe_tokens, :]
     _refuse_not_finite(block, name)
     _refuse_other_groups(block, name, inputs.probe, few, plan, index)
     codes: dict[str, QuantizedWeight] = {}
@@ -169,7 +169,7 @@ def _rounded_units(
 
 def _observe_all(inputs: Iterator[tuple[int, Tensor]], name: str, linear: nn.Linear, state: BlockState) -> Statistics:
     """The statistics of one group's input; where tokens are few, also those of the held-out windows by themselves."""
-    tokens = sum(x[..., 0].numel() for x in state.hidden)
+    tokens = sum(x.shape[-3] * x.shape[-2] for x in state.hidden)
     few = is_undersampled(tokens, linear.in_features)
     return observe(inputs, name, held_out_start(state.hidden) if few else None)
 
@@ -215,7 +215,7 @@ def _search_batches(hidden: Sequence[Tensor]) -> int:
     """How many batches, from the first, hold `SEARCH_TOKENS` tokens; two at least, so that one can be held out."""
     tokens = 0
     for count, x in enumerate(hidden, 1):
-        tokens += x[..., 0].numel()
+        tokens += x.shape[-3] * x.shape[-2]
         if tokens >= SEARCH_TOKENS and count > 1:
             return count
     return len(hidden)
@@ -230,6 +230,8 @@ def _refuse_not_finite(block: nn.Module, name: str) -> None:
 def _refuse_other_groups(block: nn.Module, name: str, probe: Call, few: Tensor, plan: Plan, index: int) -> None:
     """Raise `LlmqError` unless the block, with its weights, runs its linears as it did when the plan was made."""
     planned = {linear for group in plan.groups[index] for linear in group}
-    found = [[linear for linear in group if linear in planned] for group in input_groups(block, probe, few, planned)]
-    if [tuple(group) for group in found if group] != list(plan.groups[index]):
+    with foreign_code(f"{name} cannot be run on what the model gives it"):
+        groups = input_groups(block, probe, few)
+    found = [tuple(linear for linear in group if linear in planned) for group in groups]
+    if [group for group in found if group] != list(plan.groups[index]):
         raise LlmqError(f"{name} runs its linears in another order, or on other inputs, than its structure implies")

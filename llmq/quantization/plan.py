@@ -4,8 +4,9 @@ Every linear inside the decoder blocks is quantized; the output head, and any li
 `--ignore` adds to that. A group size that does not divide one linear's inputs gives way there to the largest smaller of
 128, 64, 32 that does, else to one scale per channel, and the plan says so; one that divides no linear is refused.
 Experts that are fused into 3-D parameters are quantized as one linear per expert and part (`llmq.blocks.experts`); all experts
-of a layer get one scheme. Linears that choose or weight experts (routers, gates of shared experts) stay as they are.
-What cannot be quantized at all (convolutions used as linears) is refused here.
+of a layer get one scheme. Linears that choose or weight experts (routers, gates of shared experts) stay as they are, and so
+do a linear that does not run exactly once in a forward, with a note, and what is no linear (convolutions, parameters of
+recurrences). GPT-2's transposed linears are refused here.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ class Plan:
     """For each block, the fused experts to be quantized, named inside the block."""
     format: Format
     """The format of the checkpoint to be written."""
+    notes: tuple[str, ...] = ()
+    """Which linears stay dense though nobody asked for it, and why."""
 
     def of_block(self, block: str) -> dict[str, Planned]:
         """The linears of one block, under their names inside it."""
@@ -65,8 +68,8 @@ class Plan:
         return {name[len(prefix) :]: row for name, row in self.linears.items() if name.startswith(prefix)}
 
 
-Topology = Callable[[Mapping[str, Collection[str]]], Mapping[str, Sequence[Group]]]
-"""Names of blocks, and of the linears in each that must run exactly once -> all linears of each block, by shared input."""
+Topology = Callable[[Collection[str]], Mapping[str, Sequence[Group]]]
+"""Names of blocks -> the linears of each that run exactly once, by shared input."""
 
 
 def make_plan(
@@ -100,14 +103,18 @@ def make_plan(
     chosen = {name: shape for name, shape in inside.items() if name not in kept}
     if not chosen:
         raise LlmqError(f"--ignore {' '.join(config.ignore)} leaves no linear to quantize")
+    holders = [block for block in names if any(name.startswith(f"{block}.") for name in chosen)]
+    found = topology(holders)
+    once = {f"{block}.{name}" for block in holders for group in found.get(block, ()) for name in group} | experts.keys()
+    notes = _left_dense(chosen, once)
+    chosen = {name: shape for name, shape in chosen.items() if name in once}
     linears = _with_schemes(chosen, config, output_format, output_format.scale_dtype(dtype))
     stacks = _planned_stacks(stacks, linears)
     linears = _one_scheme_per_layer(linears, stacks, config)
     inner = {b: [n.removeprefix(f"{b}.") for n in linears if n.startswith(f"{b}.") and n not in experts] for b in names}
-    found = topology({block: inside for block, inside in inner.items() if inside})
     groups = tuple(_planned_groups(block, found.get(block, ()), inner[block]) for block in names)
     ignored = tuple(name for name in all_linears if name not in linears)
-    return Plan(linears, ignored, names, groups, stacks_of_blocks(stacks, names), output_format)
+    return Plan(linears, ignored, names, groups, stacks_of_blocks(stacks, names), output_format, notes)
 
 
 def _classes(module: nn.Module) -> tuple[str, ...]:
@@ -158,6 +165,27 @@ def _one_scheme_per_layer(
     return changed
 
 
+def _left_dense(chosen: Mapping[str, tuple[int, int]], once: Collection[str]) -> tuple[str, ...]:
+    """A note on the linears that do not run exactly once; none where there are none.
+
+    Raises `LlmqError` where they hold at least half of the weights: such a model would hardly become smaller.
+    """
+    left = [name for name in chosen if name not in once]
+    if not left:
+        return ()
+    weights = {name: rows * columns for name, (rows, columns) in chosen.items()}
+    share = sum(weights[name] for name in left) / sum(weights.values())
+    which = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
+    if share >= 0.5:
+        raise LlmqError(
+            f"linears must run exactly once in one forward; {len(left)} of {len(chosen)} with {share:.0%} of the weights "
+            f"do not ({which}): linears that only some tokens reach (experts), or that are shared, are not supported; "
+            "leave them out with --ignore"
+        )
+    why = "the model does not call them exactly once in one forward, or reads their weights itself"
+    return (f"{len(left)} linears stay dense, since {why}: {which}",)
+
+
 def _planned_groups(block: str, groups: Sequence[Group], planned: Collection[str]) -> tuple[Group, ...]:
     """The planned linears of each group.
 
@@ -179,8 +207,6 @@ def _planned_groups(block: str, groups: Sequence[Group], planned: Collection[str
 def _refuse_unsupported(name: str, block: nn.Module) -> None:
     for inner, module in block.named_modules():
         where = f"{name}.{inner}" if inner else name
-        if isinstance(module, nn.Conv1d):
-            raise LlmqError(f"{where} is a convolution: only models whose blocks are linears and norms are supported")
         if type(module).__name__ == "Conv1D":
             raise LlmqError(
                 f"{where} is a Conv1D (GPT-2's transposed linear), which no serving engine reads packed: not supported"

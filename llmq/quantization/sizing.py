@@ -155,13 +155,9 @@ def make_preview(source: Sized, plan: Plan, config: QuantConfig, windows: int, l
             becomes = f"int{grid.bits} " + (f"g{grid.group_size}" if grid.group_size else "channel")
         after = sum(spec.nbytes for spec in written.values())
         rows.append(PreviewRow(tensor.name, tensor.spec.shape, tensor.spec.nbytes, after, becomes))
-    notes = [*source.notes, *source.experts.notes(plan.linears)]
+    notes = [*source.notes, *source.experts.notes(plan.linears), *plan.notes]
     notes += [f"{row.name}: {row.note}" for row in plan.linears.values() if row.note]
-    return Preview(
-        tuple(rows),
-        _memory(source, plan, config, windows, length),
-        (*source.notes, *source.experts.notes(plan.linears), *notes),
-    )
+    return Preview(tuple(rows), _memory(source, plan, config, windows, length), tuple(notes))
 
 
 def with_writing(made: Preview, source: Sized, count: int, length: int, rows: int) -> Preview:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from llmq.blocks.capture import Call
+from llmq.blocks.capture import Call, all_results
 from llmq.blocks.topology import structure
 from llmq.transforms.pair_search import holds_on_probe, search_pair
 from llmq.transforms.pairs import KnownPairs, NoPair, Pair, scale_consumer, scale_producer
@@ -52,13 +52,21 @@ def find_pairs(
         if proven and pair is not None:
             kept[group] = pair
     if len(kept) < len(groups):
-        probe = Probe(block, call, hidden)
-        for group in groups:
-            if group not in kept:
-                pair = before.get(group)
-                holds = isinstance(pair, Pair) and _fits(probe.block, pair) and holds_on_probe(probe, pair)
-                kept[group] = pair if holds and pair is not None else search_pair(probe, group)
+        missing = [group for group in groups if group not in kept]
+        try:
+            probe = Probe(block, call, hidden)
+            kept |= {group: _searched(probe, group, before.get(group)) for group in missing}
+        except Exception as error:  # a block's code may raise anything in float64
+            cause = (str(error).splitlines() or [""])[0]
+            refused = f"the block cannot be run in float64: its code raises {type(error).__name__}: {cause}"
+            kept |= {group: NoPair(group, refused) for group in missing}
     return KnownPairs(digest, tuple(kept[group] for group in groups))
+
+
+def _searched(probe: Probe, group: tuple[str, ...], pair: Pair | NoPair | None) -> Pair | NoPair:
+    """`pair` where it holds on `probe` too, else what a search finds."""
+    holds = isinstance(pair, Pair) and _fits(probe.block, pair) and holds_on_probe(probe, pair)
+    return pair if holds and pair is not None else search_pair(probe, group)
 
 
 def _fits(block: nn.Module, pair: Pair) -> bool:
@@ -91,7 +99,7 @@ def _holds_in_place(block: nn.Module, call: Call, hidden: Tensor, pair: Pair) ->
         if pair.form == "one_plus":
             drawn = torch.randint(-1, 2, weight.shape, generator=generator)
             weight.data.copy_(torch.pow(2.0, drawn.float()) - 1)
-        want = call(block, hidden)
+        want = all_results(call, call(block, hidden))
         factors = torch.pow(2.0, random_exponents(len(weight), generator).float()).to(weight.device)
         fed = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
         fed[channels] = True
@@ -101,7 +109,7 @@ def _holds_in_place(block: nn.Module, call: Call, hidden: Tensor, pair: Pair) ->
             consumer = modules[name]
             assert isinstance(consumer, nn.Linear)
             scale_consumer(consumer, 1 / factors[channels])
-        found = call(block, hidden)
+        found = all_results(call, call(block, hidden))
         return bool(torch.isfinite(want).all()) and torch.equal(found, want)
     finally:
         for name, module in modules.items():

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmq.blocks.capture import Call, Stop
+from llmq.blocks.capture import Call, Stop, all_results
 from llmq.blocks.experts import alike_parameters, expert_linears
 
 EXPONENTS = (-2, -1, 1, 2)
@@ -27,7 +28,7 @@ class Probe:
     Fields:
         modules: the copy's modules by name.
         inputs: what its linears read, in the order in which they run.
-        output: what it computes, [1, tokens, width].
+        output: what it computes, one vector (`llmq.blocks.capture.all_results`).
     """
 
     def __init__(self, block: nn.Module, call: Call, hidden: Tensor) -> None:
@@ -52,9 +53,9 @@ class Probe:
         self.output = self._trace()
 
     def run(self) -> Tensor:
-        """The block's output."""
+        """All that the block computes, in one vector."""
         with torch.no_grad():
-            return self._call(self.block, self._hidden)
+            return all_results(self._call, self._call(self.block, self._hidden))
 
     def read(self, name: str) -> Tensor:
         """The input of linear `name`: [tokens, K]."""
@@ -120,10 +121,10 @@ def random_exponents(count: int, generator: torch.Generator) -> Tensor:
 
 
 def _double(value: Any) -> Any:
-    """Arguments on the CPU, their floating tensors in float64."""
+    """Arguments on the CPU, their floating tensors in float64. Mappings are copied: what the probe writes stays its own."""
     if isinstance(value, Tensor):
         return value.cpu().double() if value.is_floating_point() else value.cpu()
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _double(item) for key, item in value.items()}
     if type(value) in (tuple, list):
         return type(value)(_double(item) for item in value)

@@ -23,6 +23,10 @@ from llmq.formats.base import Format, Layout, TensorSpec, check_specs
 from llmq.hf.stored_names import plan_names
 
 
+class NotOurs(Exception):
+    """Why a sound checkpoint cannot run packed in this model, so that another loader must take it."""
+
+
 @dataclass(frozen=True)
 class PackedLinear:
     """One linear of the model that the config quantizes."""
@@ -50,24 +54,47 @@ def find_linears(
     names = _stored_names(model, checkpoint)
     linears = []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        stored = names.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
-        classes = [base.__name__ for base in type(module).__mro__]
-        scheme = layout.scheme_for(stored, classes, stored_format.scale_dtype(module.weight.dtype))
-        if scheme is None:
-            continue
-        if checkpoint is not None:
-            scheme = replace(scheme, scale_dtype=_scale_dtype(checkpoint, stored, stored_format, scheme))
-        shape = (module.out_features, module.in_features)
-        bias = None if module.bias is None else module.bias.dtype
-        linears.append(PackedLinear(name, stored, shape, scheme, bias))
-    if not linears:
-        raise LlmqError("the quantization_config of this checkpoint matches no linear of the model")
+        if isinstance(module, nn.Linear):
+            stored = names.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
+            scheme = _scheme(name, stored, module, stored_format, layout, checkpoint)
+            if scheme is None or (checkpoint is not None and _is_new(model, name, stored, stored_format, checkpoint)):
+                continue
+            if checkpoint is not None:
+                scheme = replace(scheme, scale_dtype=_scale_dtype(checkpoint, stored, stored_format, scheme))
+            shape = (module.out_features, module.in_features)
+            bias = None if module.bias is None else module.bias.dtype
+            linears.append(PackedLinear(name, stored, shape, scheme, bias))
     if checkpoint is not None:
-        _check_packed(checkpoint, stored_format, linears)
+        _check_packed(checkpoint, stored_format, linears, model)
         _check_dense(checkpoint, model, names)
+    if not linears:
+        raise NotOurs("the quantization_config of this checkpoint matches no linear of the model")
     return linears
+
+
+def _scheme(
+    name: str, stored: str, module: nn.Linear, stored_format: Format, layout: Layout, checkpoint: Checkpoint | None
+) -> Scheme | None:
+    """How a linear is quantized; None if it stays dense.
+
+    Configs name modules as the files do or as they are in memory. A linear that the files hold dense is ignored if
+    either name is; one that they hold packed has the scheme of whichever name has one.
+    """
+    classes = [base.__name__ for base in type(module).__mro__]
+    dtype = stored_format.scale_dtype(module.weight.dtype)
+    schemes = [layout.scheme_for(each, classes, dtype) for each in dict.fromkeys((stored, name))]
+    if checkpoint is not None and f"{stored}.weight" in checkpoint.tensors and None in schemes:
+        return None
+    return next((scheme for scheme in schemes if scheme is not None), None)
+
+
+def _is_new(model: PreTrainedModel, name: str, stored: str, stored_format: Format, checkpoint: Checkpoint) -> bool:
+    """Whether a linear is a head that the files hold nothing of: transformers initializes it, and says so."""
+    locals_ = ("weight", *stored_format.reserved_names)
+    if any(f"{stored}.{local}" in checkpoint.tensors for local in locals_):
+        return False
+    base = model.base_model
+    return base is not model and not name.startswith(f"{model.base_model_prefix}.")
 
 
 def _stored_names(model: PreTrainedModel, checkpoint: Checkpoint | None) -> dict[str, str]:
@@ -99,8 +126,15 @@ def _scale_dtype(checkpoint: Checkpoint, stored: str, stored_format: Format, sch
     return scale.dtype
 
 
-def _check_packed(checkpoint: Checkpoint, stored_format: Format, linears: list[PackedLinear]) -> None:
-    """Raise `LlmqError` unless the files hold exactly the packed tensors that the linears need."""
+def _check_packed(
+    checkpoint: Checkpoint, stored_format: Format, linears: list[PackedLinear], model: PreTrainedModel
+) -> None:
+    """Raise unless the files hold exactly the packed tensors that the linears need.
+
+    Packed tensors of something else in the model, such as experts that it holds as one parameter, raise `NotOurs`. A
+    complete linear that the model does not have (a layer left out, a head of another task) is left to transformers,
+    which reports it. All else raises `LlmqError`.
+    """
     by_module: dict[str, dict[str, TensorSpec]] = {}
     for key, tensor in checkpoint.tensors.items():
         owner, _, local = key.rpartition(".")
@@ -114,12 +148,26 @@ def _check_packed(checkpoint: Checkpoint, stored_format: Format, linears: list[P
             dtype = stored.dtype if stored is not None and stored.dtype.is_floating_point else linear.bias
             expected["bias"] = TensorSpec(dtype, linear.shape[:1])
         check_specs(found, expected, f"{checkpoint.folder}: {linear.stored}.")
-    for owner, tensors in by_module.items():
-        for local in tensors:
-            if local in stored_format.reserved_names:
-                raise LlmqError(
-                    f"{checkpoint.folder}: {owner}.{local} belongs to no linear that the config quantizes in this model"
-                )
+    packed = {
+        owner: tensors for owner, tensors in by_module.items() if set(tensors) & set(stored_format.reserved_names)
+    }
+    if not packed:
+        return
+    state = model.state_dict()
+    plan = plan_names(model, {name: tensor.dtype for name, tensor in state.items()}, [list(state)]).plan
+    own = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for owner, tensors in packed.items():
+        planned = plan.get(f"{owner}.weight")
+        if planned is not None and planned.parameter not in own:
+            raise NotOurs(f"{owner} is stored packed, and {type(model).__name__} has no linear of that name")
+        local = next(local for local in tensors if local in stored_format.reserved_names)
+        complete = {*stored_format.metadata_names, stored_format.scale_name, stored_format.tensor_names[0]} <= set(
+            tensors
+        )
+        if planned is not None or not complete:
+            raise LlmqError(
+                f"{checkpoint.folder}: {owner}.{local} belongs to no linear that the config quantizes in this model"
+            )
 
 
 def _check_dense(checkpoint: Checkpoint, model: PreTrainedModel, names: Mapping[str, str]) -> None:

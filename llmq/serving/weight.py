@@ -51,14 +51,12 @@ class PackedWeight(Tensor):
     @staticmethod
     def __new__(cls, linear: Linear) -> PackedWeight:
         shape = (linear.out_features, linear.in_features)
-        weight: PackedWeight = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, dtype=linear.dense_dtype, device=linear.device
-        )
+        weight: PackedWeight = Tensor._make_wrapper_subclass(cls, shape, dtype=linear.dense_dtype, device=linear.device)
         weight.linear = linear
         weight._is_hf_initialized = True  # transformers' functions of initialization leave it alone
         return weight
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return f"PackedWeight({list(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     @classmethod
@@ -71,7 +69,7 @@ class PackedWeight(Tensor):
             args[0].linear.make_dense(args[1])
             return None
         if name in METADATA or name == "__set__" or (name == "__get__" and attribute not in DENSE_ATTRIBUTES):
-            return super().__torch_function__(func, types, args, kwargs)
+            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         written = args[0] if args else None
         in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name[:3] == "__i"
         if in_place and isinstance(written, PackedWeight) and name not in ("__invert__", "__index__", "__int__"):
@@ -83,7 +81,9 @@ class PackedWeight(Tensor):
             return func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         return func(*tree_map(_dense, args), **tree_map(_dense, kwargs or {}))
 
 
@@ -95,7 +95,7 @@ class WatchedParameter(nn.Parameter):
     """A parameter whose `data` counts writes: reading gives a tensor with the same version counter."""
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         return self.detach()
 
     @data.setter

@@ -50,11 +50,13 @@ class ScoredText:
         ids: int64 [windows, tokens], on the CPU.
         tokenizer: the model's tokenizer, or None.
         notes: deviations from what was requested, one line each.
+        begin: number of tokens that every window begins with and that are not of the text: a BOS.
     """
 
     ids: Tensor
     tokenizer: Any
     notes: tuple[str, ...]
+    begin: int = 0
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@
 
 The windows and the pass are those of perplexity (`llmq.eval.scoring`). All next-token probabilities count, not only that
 of the text's token, so KL is far less noisy than a difference of perplexities. It is reported with the standard error of
-the window means. A token that both models exclude (logit -inf, as for the padding of a vocabulary) adds 0; one that only
+the window means. Where the vocabulary of one model is padded, both distributions are those over the common tokens, and
+a note says so. A token that both models exclude (logit -inf, as for the padding of a vocabulary) adds 0; one that only
 the other model excludes makes KL infinite, which is an error.
 
 Left out: other distances, tables per token, logits stored on disk.
@@ -39,6 +40,7 @@ class Divergence:
         windows: number of windows.
         window: tokens per window.
         window_kl: mean KL of each window.
+        notes: deviations from what was requested, such as vocabularies of different sizes.
     """
 
     kl: float
@@ -49,6 +51,7 @@ class Divergence:
     windows: int
     window: int
     window_kl: tuple[float, ...]
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, without those of single windows."""
@@ -102,11 +105,8 @@ def _sums(slab: Slab, original: Slab | None) -> tuple[float, float]:
     assert original is not None
     p = original.logits.float()
     q = slab.logits.float().to(p.device)
-    if p.shape != q.shape:
-        raise LlmqError(
-            f"divergence needs models with the same vocabulary: the original gives logits for {p.shape[-1]} tokens, "
-            f"the other model for {q.shape[-1]}; compare with the model that it was made from"
-        )
+    common = min(p.shape[-1], q.shape[-1])  # a vocabulary may be padded in one of the models
+    p, q = p[..., :common], q[..., :common]
     same = int((p.argmax(-1) == q.argmax(-1)).sum())
     return float(kl_divergence(p, q).cpu().double().sum()), float(same)
 
@@ -131,6 +131,7 @@ def _summarize(text: ScoredText, means: Sequence[tuple[float, ...]]) -> Divergen
         windows=count,
         window=window,
         window_kl=kl,
+        notes=text.notes,
     )
 
 

@@ -2,8 +2,9 @@
 
 Protocol (IST-DASLab/gptq, `datautils.py` and `llama.py`): the text is tokenized once and cut into non-overlapping
 windows of 2048 tokens or the model's context; the tail is dropped. Attention and positions restart in every window, and
-a window's first token is never predicted. The loss is computed in float32 and summed in float64. `bits_per_byte` is the
-figure that compares models with different tokenizers.
+a window's first token is never predicted. Where the tokenizer begins a text with a BOS, every window begins with it, since
+some models are far off without; the protocol says so. The loss is computed in float32 and summed in float64.
+`bits_per_byte` is the figure that compares models with different tokenizers.
 
 Left out: strided windows, lm-eval's word perplexity, llama.cpp's half windows, padding. Models, ids and tokenizers are
 values: no library but torch is imported.
@@ -141,11 +142,12 @@ def _summarize(text: ScoredText, means: Sequence[tuple[float, ...]]) -> Perplexi
     return Perplexity(
         value=value,
         stderr=standard_error([value * window_nats for window_nats in nats]),
-        bits_per_byte=_bits_per_byte(text.tokenizer, text.ids, mean),
+        bits_per_byte=_bits_per_byte(text.tokenizer, text.ids[:, text.begin :], mean),
         tokens=count * (window - 1),
         windows=count,
         window=window,
-        protocol=f"GPTQ: {count} non-overlapping windows of {window}, tokenized once, loss in float32, tail dropped",
+        protocol=f"GPTQ: {count} non-overlapping windows of {window}, tokenized once, loss in float32, tail dropped"
+        + (", each window begins with the tokenizer's BOS" if text.begin else ""),
         window_nats=tuple(nats),
         fingerprint=hashlib.sha256(text.ids.numpy().tobytes()).hexdigest()[:16],
         notes=text.notes,

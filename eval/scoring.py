@@ -25,6 +25,9 @@ from llmq.eval.models import evaluation_mode, vocabulary_size
 from llmq.eval.slabs import logits_in_slabs
 from llmq.eval.windows import cut_windows
 
+PADDING = 1024
+"""The most tokens by which a vocabulary is taken to be padded."""
+
 SlabPair = tuple[Slab, Slab | None]
 Means = tuple[float, ...]
 
@@ -40,6 +43,7 @@ def score(
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
     tokenizer: Any = None,
+    begin: Sequence[int] = (),
 ) -> dict[str, Any]:
     """The result of each metric for `model` on `token_ids`, by the metric's name.
 
@@ -51,6 +55,7 @@ def score(
     batch_size: windows per forward; it changes the speed, and the results only by rounding.
     progress: called with (windows done, windows in total) after each batch.
     tokenizer: counts the bytes of the text, for bits per byte.
+    begin: ids that every window begins with, such as a BOS; `token_ids` does not hold them.
 
     Raises `LlmqError` for sizes below their minimum, ids that are not a flat int64 stream or not in the vocabulary, a
     text shorter than one window, models with different vocabularies, and values that a metric refuses (with the window).
@@ -58,12 +63,16 @@ def score(
     if batch_size < 1:
         raise LlmqError(f"batch_size must be at least 1; got {batch_size}")
     models = _check_models(metrics, model, original)
-    ids, notes = cut_windows(models, token_ids, window, limit)  # [n, window]
+    ids, notes = cut_windows(models, token_ids, window, limit, begin)  # [n, window]
     means: dict[str, list[Means]] = {metric.name: [] for metric in metrics}
     with ExitStack() as stack:
         for each in models:
             stack.enter_context(evaluation_mode(each))
-        slabs, slab_notes = zip(*(logits_in_slabs(each, ids[:1]) for each in models), strict=True)
+        sizes = [size for each in models if (size := vocabulary_size(each)) is not None]
+        padded = max(sizes) if len(set(sizes)) > 1 else None  # slabs of both models must cover the same rows
+        slabs, slab_notes = zip(*(logits_in_slabs(each, ids[:1], padded) for each in models), strict=True)
+        if padded is not None:
+            notes = (*notes, f"vocabularies of {sizes[0]} and {sizes[1]}: compared on the first {min(sizes)} tokens")
         done = 0
         for batch in torch.split(ids, batch_size):
             for pairs in _by_window([slabs_of(batch) for slabs_of in slabs]):
@@ -75,7 +84,7 @@ def score(
             done += len(batch)
             if progress is not None:
                 progress(done, len(ids))
-    text = ScoredText(ids, tokenizer, tuple(dict.fromkeys((*notes, *itertools.chain(*slab_notes)))))
+    text = ScoredText(ids, tokenizer, tuple(dict.fromkeys((*notes, *itertools.chain(*slab_notes)))), len(begin))
     return {metric.name: metric.summarize(text, means[metric.name]) for metric in metrics}
 
 
@@ -89,12 +98,17 @@ def _check_models(
     if original is None:
         raise LlmqError(f"{comparing[0]} needs the original model; got None")
     sizes = vocabulary_size(original), vocabulary_size(model)
-    if None not in sizes and sizes[0] != sizes[1]:
+    if sizes[0] is not None and sizes[1] is not None and not _padded_only(sizes[0], sizes[1]):
         raise LlmqError(
-            f"{comparing[0]} needs models with the same vocabulary: the original has {sizes[0]} tokens, "
-            f"the other model {sizes[1]}; compare with the model that it was made from"
+            f"{comparing[0]} needs models with the same vocabulary, up to padding of at most {PADDING} tokens: the original "
+            f"has {sizes[0]} tokens, the other model {sizes[1]}; compare with the model that it was made from"
         )
     return model, original
+
+
+def _padded_only(a: int, b: int) -> bool:
+    """Whether two sizes of a vocabulary may differ by padding alone."""
+    return abs(a - b) <= min(PADDING, min(a, b) // 2)
 
 
 def _by_window(slabs: Sequence[Iterator[Slab]]) -> Iterator[Iterator[SlabPair]]:

@@ -33,16 +33,17 @@ CHECK_TOLERANCE = 0.01  # of the largest logit: bfloat16 rounds by 0.4%, a head 
 Slabs = Callable[[Tensor], Iterator[Slab]]
 
 
-def logits_in_slabs(model: nn.Module, first: Tensor) -> tuple[Slabs, tuple[str, ...]]:
+def logits_in_slabs(model: nn.Module, first: Tensor, vocabulary: int | None = None) -> tuple[Slabs, tuple[str, ...]]:
     """A function: ids int64 `[batch, window]` -> all slabs, windows in order; and a note if all logits are computed at once.
 
     first: one window `[1, tokens]`, on which the computation in slabs is checked.
+    vocabulary: what the size of slabs follows from (default: the number of the model's logits).
     This and the returned function must be called within `evaluation_mode`.
     """
     device = input_device(model)
     sample = first[:, :CHECK_TOKENS].to(device)
     logits = model(input_ids=sample, use_cache=False).logits.float()
-    rows = max(1, SLAB_LOGITS // logits.shape[-1])
+    rows = max(1, SLAB_LOGITS // (vocabulary or logits.shape[-1]))
     decoder = next((module for module in _decoders(model) if _is_separable(model, module, sample, logits)), None)
     if decoder is None:
         note = "logits were computed all at once: the model's head cannot be run on slabs of rows"

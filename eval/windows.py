@@ -14,13 +14,13 @@ from llmq.eval.models import context_length, vocabulary_size
 
 
 def cut_windows(
-    models: Sequence[nn.Module], token_ids: Tensor, window: int, limit: int | None
+    models: Sequence[nn.Module], token_ids: Tensor, window: int, limit: int | None, begin: Sequence[int] = ()
 ) -> tuple[Tensor, tuple[str, ...]]:
     """The first `limit` non-overlapping windows, int64 `[n, window]` on the CPU, without the tail of the text; and notes.
 
     models: all models that will read the windows. A window longer than the smallest context is reduced to it, with a
         note.
-    token_ids: int64 `[tokens]`.
+    token_ids: int64 `[tokens]`. begin: ids that every window begins with, which the text itself does not hold.
     Raises `LlmqError` for sizes below their minimum, ids that are not a flat int64 stream or not in the vocabulary, and a
     text shorter than one window.
     """
@@ -29,13 +29,20 @@ def cut_windows(
         raise LlmqError(f"limit must be at least 1; got {limit}")
     if token_ids.dim() != 1 or token_ids.dtype != torch.int64:
         raise LlmqError(f"token_ids must be int64 [tokens]; got {token_ids.dtype} {list(token_ids.shape)}")
-    if len(token_ids) < window:
+    own = window - len(begin)  # tokens of the text in a window
+    if own < 1:
         raise LlmqError(
-            f"an evaluation needs at least one full window: the text has {len(token_ids)} tokens, a window has {window}; "
+            f"window must be longer than the {len(begin)} tokens that each window begins with; got {window}"
+        )
+    if len(token_ids) < own:
+        raise LlmqError(
+            f"an evaluation needs at least one full window: the text has {len(token_ids)} tokens, a window has {own}; "
             f"use a longer text or a smaller window"
         )
-    count = len(token_ids) // window if limit is None else min(len(token_ids) // window, limit)
-    ids = token_ids[: count * window].cpu().contiguous().view(count, window)
+    count = len(token_ids) // own if limit is None else min(len(token_ids) // own, limit)
+    ids = token_ids[: count * own].cpu().contiguous().view(count, own)
+    if begin:
+        ids = torch.cat((torch.tensor(list(begin), dtype=torch.int64).expand(count, -1), ids), 1)
     vocabulary = min((size for model in models if (size := vocabulary_size(model)) is not None), default=None)
     if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         raise LlmqError(

@@ -166,7 +166,7 @@ def blocks_of(experts: Tensor, count: int, bm: int, pairs: bool) -> Blocks:
     real = expert.clamp(max=count - 1)
     first = starts[real] + (block - (after - needed)[real]) * bm
     last = torch.minimum(first + bm, ends[real])
-    return Blocks(*(values.to(torch.int32) for values in (expert, order, first, last)), False)
+    return Blocks(expert.int(), order.int(), first.int(), last.int(), False)
 
 
 def _check(x: Tensor, experts: Tensor, rows: Tensor | None, weight: GroupedWeight, bias: Tensor | None) -> None:

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from llmq.hf.generation import generate_fast
     from llmq.hf.quantizer import disable, enable, load
     from llmq.serving.dispatch import explain, warmup
+    from llmq.serving.linear import QuantLinear
 
 __all__ = [
     "Calibration",
     "LlmqError",
     "QuantConfig",
+    "QuantLinear",
     "__version__",
     "disable",
     "enable",
@@ -36,6 +38,7 @@ _VERBS = {
     "llmq.hf.generation": ("generate_fast",),
     "llmq.hf.quantizer": ("disable", "enable", "load"),
     "llmq.serving.dispatch": ("explain", "warmup"),
+    "llmq.serving.linear": ("QuantLinear",),
 }
 
 

@@ -98,17 +98,19 @@ def evaluate(
     for name, source in sources:
         model, tokenizer = open_model(source, text_dtype, place, revision)
         ids, corpus = tokenize_dataset(dataset, text, tokenizer)
+        begin = _begin(tokenizer, ids)
         started = time.perf_counter()
         results = score(
             text_metrics,
             model,
-            ids[: corpus.max_tokens],
+            ids[len(begin) :][: corpus.max_tokens],
             original=reference,
             window=window,
             limit=limit,
             batch_size=batch_size,
             progress=partial(progress, name),
             tokenizer=tokenizer,
+            begin=begin,
         )
         evaluations.append(Evaluation(name, corpus.name, text_dtype, time.perf_counter() - started, results))
         del model  # before the next one is loaded
@@ -118,6 +120,15 @@ def evaluate(
     model_dtype = "bfloat16" if dtype == "auto" else dtype
     models = [open_model(source, model_dtype, place, revision)[0] for _, source in sources]
     return _add_model_metrics(evaluations, model_metrics, models)
+
+
+def _begin(tokenizer: Any, ids: Tensor) -> list[int]:
+    """The special tokens that the tokenizer puts before a text, if `ids` begin with them; else none."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    places = (i for i in range(len(full)) if plain and full[i : i + len(plain)] == plain)
+    begin = list(full[: next(places, 0)])
+    return begin if ids[: len(begin)].tolist() == begin else []
 
 
 def _add_model_metrics(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -175,14 +176,29 @@ def test_a_padded_vocabulary_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> No
         divergence(plain, padded[1], IDS, WINDOW)
 
 
+@pytest.mark.parametrize("padded", ["original", "other"])
+def test_a_vocabulary_padded_in_one_model_is_compared_on_the_common_tokens(padded: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(slabs, "SLAB_LOGITS", 15 * VOCAB)
+    original, other = tiny_model("llama"), tiny_model("llama", seed=1)
+    expected = divergence(original, other, IDS, WINDOW)
+    (original if padded == "original" else other).resize_token_embeddings(VOCAB + 32)
+    found = divergence(original, other, IDS, WINDOW)
+    assert found.kl == pytest.approx(expected.kl, rel=1e-4)
+    assert "compared on the first 128 tokens" in " ".join(found.notes)
+    assert divergence(original, original, IDS, WINDOW).kl == pytest.approx(0, abs=1e-6)
+
+
+def test_fewer_logits_than_embedded_tokens_are_compared_on_the_common_ones() -> None:
+    model = tiny_model("llama")
+    assert divergence(model, Narrow(model).eval(), IDS, WINDOW).kl == pytest.approx(0, abs=1e-6)
+
+
 def test_other_vocabularies_and_broken_models_are_refused() -> None:
     model = tiny_model("llama")
     config = tiny_config("llama")
-    config.vocab_size = VOCAB + 1
-    with pytest.raises(LlmqError, match="the original has 128 tokens, the other model 129"):
+    config.vocab_size = 2 * VOCAB
+    with pytest.raises(LlmqError, match="the original has 128 tokens, the other model 256"):
         divergence(model, type(model)(config), IDS, WINDOW)
-    with pytest.raises(LlmqError, match="the original gives logits for 128 tokens, the other model for 100"):
-        divergence(model, Narrow(model).eval(), IDS, WINDOW)
     with pytest.raises(LlmqError, match="divergence needs the original model; got None"):
         score((DIVERGENCE,), model, IDS, window=WINDOW)
     broken = tiny_model("llama")

@@ -13,12 +13,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+import llmq
 from llmq.errors import LlmqError
 from llmq.eval.perplexity import perplexity
 from llmq.evaluation import Evaluation, evaluate, generate_text
 from llmq.hf import inference, sidefiles
 from llmq.serving.linear import QuantLinear
-from tests.fixtures import checkpoint, tiny_tokenizer
+from tests.fixtures import checkpoint, float32_checkpoint, tiny_tokenizer
 from tests.tiny import VOCAB, tiny_model
 
 WINDOW = 24
@@ -165,3 +166,28 @@ def test_a_tokenizer_that_cannot_be_loaded_is_one_error(folder: Path, monkeypatc
     monkeypatch.setattr(sidefiles, "AutoTokenizer", Failing)
     with pytest.raises(LlmqError, match=r"packed has no tokenizer that can be loaded \(KeyError\)"):
         inference.open_model(folder / "packed", "bfloat16")
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_windows_begin_as_the_tokenizer_begins_a_text(tmp_path: Path, bos: bool) -> None:
+    from tokenizers import processors
+
+    folder = float32_checkpoint(tmp_path / "q", method="rtn")
+    tokenizer = tiny_tokenizer()
+    if bos:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "t.txt").write_text(" ".join(f"w{3 + i * 7 % 120}" for i in range(400)))
+    found = evaluate([("q", str(folder))], dataset=str(tmp_path / "t.txt"), window=64)[0].results["perplexity"]
+    assert ("BOS" in found.protocol) == bos
+    assert found.windows == 6
+    ids = torch.tensor([3 + i * 7 % 120 for i in range(400)])
+    size = 63 if bos else 64
+    first = ids[: 6 * size].view(6, size)
+    model = llmq.load(folder)
+    windows = torch.cat((torch.ones(6, 1, dtype=torch.int64), first), 1) if bos else first
+    with torch.no_grad():
+        loss = model(input_ids=windows, labels=windows).loss
+    assert found.value == pytest.approx(float(loss.exp()), rel=1e-4)

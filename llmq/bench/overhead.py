@@ -132,7 +132,7 @@ def kernels_stubbed(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
         return lambda x: zeros_of(x, *x.shape[:-1], linear.out_features)
 
     modules = (model.get_submodule(name) for name in names)
-    dense = [module for module in modules if isinstance(module, nn.Linear)]
+    dense = [m for m in modules if isinstance(m, nn.Linear) and not isinstance(m, QuantLinear)]
     stubs = [replace(kernel, run=run) for kernel in KERNELS]
     with kernels_overridden(packed_linears(model), stubs), forward_overridden(dense, forward_of):
         yield

@@ -111,8 +111,10 @@ class Checkpoint:
         return tensors
 
 
-def open_checkpoint(folder: str | Path) -> Checkpoint:
+def open_checkpoint(folder: str | Path, variant: str | None = None) -> Checkpoint:
     """The safetensors checkpoint in `folder`. The index and the headers are read and checked, the tensors are not.
+
+    variant: part of the files' names, as in `model.fp16.safetensors`.
 
     Raises `LlmqError` that names file and tensor if
 
@@ -124,11 +126,13 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     if not folder.is_dir():
         problem = "is a file" if folder.exists() else "does not exist"
         raise LlmqError(f"a checkpoint must be a folder; {folder} {problem}; use an existing folder")
-    single, index = folder / SINGLE, folder / INDEX
+    middle = f".{variant}" if variant else ""
+    single = folder / SINGLE.replace(".safetensors", f"{middle}.safetensors")
+    index = folder / INDEX.replace(".json", f"{middle}.json")
     if single.is_file():
         return Checkpoint(folder, MappingProxyType(_header(single)))
     if not index.is_file():
-        raise LlmqError(_no_safetensors(folder))
+        raise LlmqError(_no_safetensors(folder, single.name, index.name))
     weight_map = _weight_map(index)
     listed: dict[str, set[str]] = {}
     for name, file_name in weight_map.items():
@@ -141,12 +145,25 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     return Checkpoint(folder, MappingProxyType(tensors))
 
 
-def _no_safetensors(folder: Path) -> str:
+def open_files(files: Iterable[str | Path]) -> Checkpoint:
+    """The checkpoint that consists of these safetensors files, without an index. Raises as `open_checkpoint`."""
+    tensors: dict[str, StoredTensor] = {}
+    paths = [Path(file) for file in files]
+    for path in paths:
+        header = _header(path)
+        twice = sorted(set(header) & set(tensors))
+        if twice:
+            raise LlmqError(f"{first_names(twice)} is in {path.name} and also in {tensors[twice[0]].file.name}")
+        tensors.update(header)
+    return Checkpoint(paths[0].parent, MappingProxyType(tensors))
+
+
+def _no_safetensors(folder: Path, single: str, index: str) -> str:
     """The error message for a folder without a checkpoint that can be read."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     pickles = [name for name in names if name.endswith(PICKLES)]
     shards = [name for name in names if name.endswith(".safetensors")]
-    start = f"{folder} has neither {SINGLE} nor {INDEX}"
+    start = f"{folder} has neither {single} nor {index}"
     if shards:
         return f"{start}: it has {first_names(shards)}, but no index of them; download the index as well"
     if pickles:

@@ -143,7 +143,8 @@ class CompressedTensors(Format):
         if not isinstance(groups, Mapping) or not groups:
             return "it has no config_groups"
         for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
-            if quantization_config.get(key):
+            value = quantization_config.get(key)
+            if value and not (key == "sparsity_config" and _changes_nothing(value)):
                 return f"it has a {key}"
         for name, group in groups.items():
             reason = _unsupported_group(group, quantization_config.get("format"))
@@ -197,8 +198,8 @@ def _unsupported_group(group: Any, default_format: Any) -> str | None:
         return "activations are quantized"
     if weights.get("type", "int") != "int" or weights.get("dynamic"):
         return "weights are not static integers"
-    if weights.get("strategy") not in ("group", "channel"):
-        return f"strategy is {weights.get('strategy')!r}, not 'group' or 'channel'"
+    if _strategy(weights) not in ("group", "channel"):
+        return f"strategy is {_strategy(weights)!r}, not 'group' or 'channel'"
     if weights.get("actorder") in ("group", "dynamic", True):
         return "columns are stored in activation order (g_idx)"
     if weights.get("num_bits") not in BITS:
@@ -206,12 +207,25 @@ def _unsupported_group(group: Any, default_format: Any) -> str | None:
     return None
 
 
+def _changes_nothing(sparsity: Any) -> bool:
+    """Whether a `sparsity_config` only records how sparse a dense checkpoint is."""
+    return isinstance(sparsity, Mapping) and sparsity.get("format") in (None, "dense")
+
+
+def _strategy(weights: Mapping[str, Any]) -> Any:
+    """The strategy; where it is absent, compressed-tensors infers it from group_size, and -1 means one per channel."""
+    stated, size = weights.get("strategy"), weights.get("group_size")
+    if stated is not None:
+        return stated
+    return "tensor" if size is None else "channel" if size == -1 else "group"
+
+
 def _group(name: str, group: Mapping[str, Any]) -> LayoutGroup:
     weights, targets = group["weights"], group.get("targets")
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise LlmqError(f"quantization_config.{name}.targets must be a list of strings; got {targets!r}")
-    size = weights.get("group_size") if weights["strategy"] == "group" else None
-    if weights["strategy"] == "group" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+    size = weights.get("group_size") if _strategy(weights) == "group" else None
+    if _strategy(weights) == "group" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
         raise LlmqError(f"quantization_config.{name}.group_size must be a positive integer; got {size!r}")
     return LayoutGroup(tuple(targets), Grid(weights["num_bits"], size, bool(weights.get("symmetric", True))))
 

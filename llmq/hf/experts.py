@@ -10,8 +10,9 @@ the names that they have in memory, which llmq reads, and other engines may not.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
-from llmq.blocks.experts import install
+from llmq.blocks.experts import install, join
 from llmq.blocks.stacks import Part, Stack, find_stacks
 from llmq.errors import LlmqError
 
@@ -129,14 +130,16 @@ def _located(stack: Stack, numbered: Tensor, found: Tensor) -> tuple[int, int] |
 
 def take_apart_packed(
     model: PreTrainedModel, renamed: Mapping[str, str], stored_tensors: Collection[str], format_names: Sequence[str]
-) -> dict[str, str]:
+) -> tuple[dict[str, str], Callable[[], None]]:
     """Take the experts of `model` (on meta) apart that are stored packed, expert by expert, into linears on meta.
 
     renamed: as in `find_experts`. stored_tensors: the names in the files. format_names: of the tensors of a packed linear.
-    Returns the stored names of the linears.
+    Returns the stored names of the linears, and a function that undoes it.
     """
     found = find_experts(model, renamed)
     apart: dict[str, str] = {}
+    fused: dict[str, nn.Parameter] = {}
+    taken: list[Stack] = []
     for stack in found.stacks:
         names = {linear: found.stored[linear] for linear, _ in stack.linears()}
         first = next(iter(names.values()))
@@ -147,9 +150,10 @@ def take_apart_packed(
         def make(expert: int, part: Part, stack: Stack = stack, like: Tensor = like) -> nn.Linear:
             return nn.Linear(stack.columns, part.rows, bias=False, device="meta", dtype=like.dtype)
 
-        install(model, stack, make)
+        fused[f"{stack.module}.{stack.parameter}"] = install(model, stack, make)
+        taken.append(stack)
         apart |= names
-    return apart
+    return apart, partial(join, model, taken, fused)
 
 
 def without_merging(conversions: Sequence[Any], stored: Sequence[str]) -> list[Any]:

@@ -5,146 +5,31 @@ of which patches any code:
 
     load      reads the config, sets our quantizer ("llmq") in it and calls `from_pretrained` with it
     enable    replaces the config class of our formats in transformers' table, so that plain `from_pretrained` loads packed
-              too; configs that llmq cannot run are passed on to the class that was there before
+              too; what llmq cannot run goes to the classes that were there before, by its config at once and by its
+              files once the model's skeleton is known
 
-Our quantizer overrides only the process hooks (unchanged since transformers 5.17). Before loading it checks the files
-(`llmq.hf.verify`) and replaces linears by `QuantLinear`s on meta. After loading it checks values and makes the kernels'
-layouts, except for offloaded weights. Its config's `to_dict` returns what was read, so `save_pretrained` writes a standard
-checkpoint.
-
-Left out: repacking while loading (a WeightConverter, whose interface changes from version to version), tensor
-parallelism, and loading dense under `enable` (call `disable` first).
+The quantizer itself is in `llmq.hf.packed_quantizer`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmq.checkpoint.reader import Checkpoint, open_checkpoint
+from llmq.checkpoint.reader import open_checkpoint
 from llmq.errors import LlmqError
-from llmq.formats import FORMATS, IN_MEMORY, format_of, unsupported_reason
-from llmq.formats.base import Format
-from llmq.hf.experts import without_merging
+from llmq.formats import FORMATS, unsupported_reason
 from llmq.hf.model_class import model_class
+from llmq.hf.packed_quantizer import OURS, STOCK_REMEDY, PackedConfig, PackedQuantizer
 from llmq.hf.text_decoder import text_decoder
-from llmq.hf.verify import PackedLinear, find_linears
 from llmq.serving.fused import fuse_linears, make_ready
-from llmq.serving.linear import QuantLinear
 
-OURS = "llmq"
 # The arguments of from_pretrained that select the files.
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder", "proxies")
-
-
-class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """A `quantization_config` that llmq runs. Raises `LlmqError` for any other.
-
-    stored: the config as it was read, which `to_dict` returns.
-    kernel: the name of the only kernel to use; None to choose by problem.
-    ready: whether to make the kernels' layouts right after loading.
-    format, layout: the format that `stored` names, and which modules it quantizes.
-    """
-
-    def __init__(self, stored: Mapping[str, Any], kernel: str | None = None, ready: bool = True) -> None:
-        self.quant_method = OURS
-        self.stored = dict(stored)
-        self.kernel, self.ready = kernel, ready
-        stored_format = format_of(stored)
-        if stored_format is None:
-            raise LlmqError(f"llmq cannot run this checkpoint: {unsupported_reason(stored)}")
-        self.format, self.layout = stored_format, stored_format.parse(stored)
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        config = cls(config_dict)
-        return (config, kwargs) if return_unused_kwargs else config
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """As `dict.get`: transformers treats a loaded model's config, passed to another load, as a dict."""
-        return getattr(self, key, default)
-
-    def to_dict(self) -> dict[str, Any]:
-        return copy.deepcopy(self.stored)
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        return self.to_dict()
-
-
-class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts `QuantLinear`s into a model before its weights are loaded. Checks the files before, and values after."""
-
-    requires_calibration = True
-
-    def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
-    ) -> None:
-        self._checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent) if checkpoint_files else None
-        config = self.quantization_config
-        self._linears = find_linears(model, config.format, config.layout, self._checkpoint)
-        for linear in self._linears:
-            rows, columns = linear.shape
-            module = QuantLinear(columns, rows, linear.scheme, linear.bias, config.kernel, "meta")
-            model.set_submodule(linear.name, module)
-
-    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
-        """Packed experts are loaded one by one: nothing merges them."""
-        stored = [linear.stored for linear in self._linears]
-        updated: list[Any] = super().update_weight_conversions(without_merging(weight_conversions, stored), *model)
-        return updated
-
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        config = self.quantization_config
-        for linear in self._linears:
-            module = model.get_submodule(linear.name)
-            module.requires_grad_(False)  # transformers sets it on every floating tensor that it loads
-            # Offloaded tensors are on meta now; their data is in the files.
-            module.offloaded = module.weight_packed.device.type == "meta"
-            _finish(module, linear, config.format, self._checkpoint if module.offloaded else None)
-        for linear in self._linears:
-            module = model.get_submodule(linear.name)
-            if config.ready and not module.offloaded:
-                module.ready(model.dtype)
-        del self._checkpoint, self._linears
-        return model
-
-    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """True for adapters: gradients flow through packed weights, not to them."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
-
-
-def _finish(module: QuantLinear, linear: PackedLinear, stored_format: Format, checkpoint: Checkpoint | None) -> None:
-    """Restore the scales' dtype and check values: those in memory, or in `checkpoint` where tensors are offloaded."""
-    if checkpoint is not None:
-        names = {local: f"{linear.stored}.{local}" for local in _checked(stored_format)}
-        read = checkpoint.read(names.values())
-        values = {local: read[name] for local, name in names.items()}
-        stored_format.check_values(values, linear.shape, f"{linear.name}.")
-    elif not module.offloaded:
-        if module.weight_scale.dtype != linear.scheme.scale_dtype:  # the model keeps this part in float32
-            module.weight_scale.data = module.weight_scale.data.to(linear.scheme.scale_dtype)
-        values = {local: getattr(module, local) for local in _checked(IN_MEMORY)}
-        IN_MEMORY.check_values(values, linear.shape, f"{linear.name}.")
-
-
-def _checked(each: Format) -> tuple[str, ...]:
-    """The local names of the tensors whose values are checked."""
-    return (each.scale_name, *each.metadata_names)
 
 
 def quantization_config_of(path: str | Path, **hub: Any) -> dict[str, Any] | None:
@@ -171,8 +56,8 @@ def load(path: str | Path, kernel: str | None = None, fuse: bool = False, **kwar
     if "quantization_config" in kwargs:
         raise LlmqError("load takes no quantization_config: it reads the checkpoint's own")
     if Path(path).is_dir() and not kwargs.get("subfolder"):
-        open_checkpoint(path)  # its messages about broken files are clearer than those of transformers
-    config = kwargs.pop("config", None) or _config(path, kwargs)
+        open_checkpoint(path, kwargs.get("variant"))  # its messages are clearer than those of transformers
+    config, kwargs = _config_and_rest(path, kwargs)
     stored = getattr(config, "quantization_config", None)
     if isinstance(stored, PackedConfig):
         stored = stored.stored
@@ -180,7 +65,7 @@ def load(path: str | Path, kernel: str | None = None, fuse: bool = False, **kwar
         raise LlmqError(f"{path} is not quantized: load it with transformers.AutoModelForCausalLM.from_pretrained")
     reason = unsupported_reason(stored)
     if reason:
-        raise LlmqError(f"llmq cannot run {path}: {reason}; load it with transformers.AutoModelForCausalLM")
+        raise LlmqError(f"llmq cannot run {path}: {reason}; {STOCK_REMEDY}")
     _register()
     config = copy.deepcopy(config)
     config.quantization_config = PackedConfig(stored, kernel, ready=not fuse)
@@ -199,12 +84,22 @@ def load(path: str | Path, kernel: str | None = None, fuse: bool = False, **kwar
     return (model, info) if with_info else model
 
 
-def _config(path: str | Path, kwargs: Mapping[str, Any]) -> PreTrainedConfig:
+def _config_and_rest(path: str | Path, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """The config, changed by those of `kwargs` that are its attributes, and all others, as `from_pretrained` does it."""
+    kwargs = dict(kwargs)
+    config = kwargs.pop("config", None)
+    if isinstance(config, PreTrainedConfig):
+        return config, kwargs
     hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+    dtypes = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
+    rest = {key: value for key, value in kwargs.items() if key not in hub}
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=kwargs.get("trust_remote_code", False), **hub)
+        source = path if config is None else config
+        config, rest = AutoConfig.from_pretrained(source, return_unused_kwargs=True, **hub, **rest)
     except (OSError, ValueError) as error:
         raise LlmqError(f"{path} is not a model folder or repo: {str(error).splitlines()[0]}") from error
+    trusted = {"trust_remote_code": kwargs["trust_remote_code"]} if "trust_remote_code" in kwargs else {}
+    return config, {**rest, **hub, **dtypes, **trusted}
 
 
 def _refuse_remote_code(path: str | Path, config: PreTrainedConfig) -> None:
@@ -221,8 +116,6 @@ def enable() -> None:
     """Make plain `AutoModelForCausalLM.from_pretrained` (pipelines, lm-eval, PEFT, ...) load packed.
 
     Checkpoints that llmq cannot run, among them other `compressed-tensors` schemes, load as before. `disable` undoes it.
-    Calling it twice has no further effect. While enabled, `from_pretrained` accepts no `CompressedTensorsConfig` for a
-    checkpoint that llmq runs.
     """
     _register()
     for name, stock in _registered_classes():
@@ -248,14 +141,20 @@ def _register() -> None:
 
 
 def _dispatching(stock: type) -> type:
-    """A subclass of `stock` that makes a `PackedConfig` of configs that llmq runs, and a `stock` of all others."""
+    """A subclass of `stock` that makes a packed config of configs that llmq may run, and a `stock` of all others."""
+
+    class Packed(PackedConfig, stock):  # type: ignore[misc]
+        """A `stock` too, so that transformers takes the loading attributes of one that is passed to `from_pretrained`."""
+
+    Packed.__name__ = stock.__name__
 
     class Dispatching(stock):  # type: ignore[misc]
         replaces = stock
 
         @classmethod
         def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            supported = unsupported_reason(config_dict) is None
-            return (PackedConfig if supported else cls.replaces).from_dict(config_dict, *args, **kwargs)  # type: ignore[attr-defined]
+            if unsupported_reason(config_dict) is None:
+                return Packed(config_dict, stock=stock)
+            return cls.replaces.from_dict(config_dict, *args, **kwargs)  # type: ignore[attr-defined]
 
     return Dispatching

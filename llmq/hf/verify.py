@@ -9,7 +9,7 @@ else of the model is stored must have the model's shapes. Stored names are those
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +22,10 @@ from llmq.errors import LlmqError
 from llmq.formats.base import Format, Layout, TensorSpec, check_specs, matches
 from llmq.hf.experts import take_apart_packed
 from llmq.hf.stored_names import plan_names
+
+
+class NotOurs(Exception):
+    """Why a sound checkpoint cannot run packed in this model, so that another loader must take it."""
 
 
 @dataclass(frozen=True)
@@ -48,29 +52,42 @@ def find_linears(
     checkpoint: None where a state dict is loaded and there are no files; scales then have the dtype that the format
     chooses for the model's. Raises `LlmqError` naming the tensor, what is expected and what was found.
     """
-    apart: dict[str, str] = {}
-    if checkpoint is not None:
-        apart = take_apart_packed(model, _renamed(model), checkpoint.tensors, stored_format.tensor_names)
+    if checkpoint is None:
+        return _found(model, stored_format, layout, None, {})
+    apart, undo = take_apart_packed(model, _renamed(model), checkpoint.tensors, stored_format.tensor_names)
+    try:
+        return _found(model, stored_format, layout, checkpoint, apart)
+    except NotOurs:
+        undo()  # stock transformers loads it
+        raise
+
+
+def _found(
+    model: PreTrainedModel,
+    stored_format: Format,
+    layout: Layout,
+    checkpoint: Checkpoint | None,
+    apart: Mapping[str, str],
+) -> list[PackedLinear]:
+    """As `find_linears`. apart: the stored names of linears of experts, which are taken apart."""
     names = _stored_names(model, checkpoint) | {f"{name}.weight": f"{stored}.weight" for name, stored in apart.items()}
     linears = []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        stored = names.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
-        classes = [base.__name__ for base in type(module).__mro__]
-        scheme = _scheme(layout, (stored, name), classes, stored_format.scale_dtype(module.weight.dtype))
-        if scheme is None:
-            continue
-        if checkpoint is not None:
-            scheme = replace(scheme, scale_dtype=_scale_dtype(checkpoint, stored, stored_format, scheme))
-        shape = (module.out_features, module.in_features)
-        bias = None if module.bias is None else module.bias.dtype
-        linears.append(PackedLinear(name, stored, shape, scheme, bias))
-    if not linears:
-        raise LlmqError("the quantization_config of this checkpoint matches no linear of the model")
+        if isinstance(module, nn.Linear):
+            stored = names.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
+            scheme = _scheme(name, stored, module, stored_format, layout, checkpoint)
+            if scheme is None or (checkpoint is not None and _is_new(model, name, stored, stored_format, checkpoint)):
+                continue
+            if checkpoint is not None:
+                scheme = replace(scheme, scale_dtype=_scale_dtype(checkpoint, stored, stored_format, scheme))
+            shape = (module.out_features, module.in_features)
+            bias = None if module.bias is None else module.bias.dtype
+            linears.append(PackedLinear(name, stored, shape, scheme, bias))
     if checkpoint is not None:
-        _check_packed(checkpoint, stored_format, linears)
+        _check_packed(checkpoint, stored_format, linears, model)
         _check_dense(checkpoint, model, names)
+    if not linears:
+        raise NotOurs("the quantization_config of this checkpoint matches no linear of the model")
     return linears
 
 
@@ -79,15 +96,33 @@ def _renamed(model: PreTrainedModel) -> Mapping[str, str]:
     return plan_names(model, {name: tensor.dtype for name, tensor in state.items()}, [list(state)]).renamed
 
 
-def _scheme(layout: Layout, names: tuple[str, str], classes: Sequence[str], scale_dtype: torch.dtype) -> Scheme | None:
-    """The scheme of a linear that files and model call by different names: configs are written with either.
+def _scheme(
+    name: str, stored: str, module: nn.Linear, stored_format: Format, layout: Layout, checkpoint: Checkpoint | None
+) -> Scheme | None:
+    """How a linear is quantized; None if it stays dense.
 
-    A name that is ignored wins. The files hold no tied head, so that the name that a head would have there is not known.
+    Configs name modules as the files do or as they are in memory. A linear that the files do not hold packed is ignored
+    if either name is (a tied head has no name in files); one that they hold has the scheme of whichever name has one.
     """
-    if any(matches(pattern, name, classes) for pattern in layout.ignore for name in names):
+    classes = [base.__name__ for base in type(module).__mro__]
+    dtype = stored_format.scale_dtype(module.weight.dtype)
+    called = tuple(dict.fromkeys((stored, name)))
+    schemes = [layout.scheme_for(each, classes, dtype) for each in called]
+    packed = checkpoint is not None and f"{stored}.{stored_format.scale_name}" in checkpoint.tensors
+    if not packed and any(matches(pattern, each, classes) for pattern in layout.ignore for each in called):
         return None
-    found = (layout.scheme_for(name, classes, scale_dtype) for name in names)
-    return next((scheme for scheme in found if scheme is not None), None)
+    if checkpoint is not None and f"{stored}.weight" in checkpoint.tensors and None in schemes:
+        return None
+    return next((scheme for scheme in schemes if scheme is not None), None)
+
+
+def _is_new(model: PreTrainedModel, name: str, stored: str, stored_format: Format, checkpoint: Checkpoint) -> bool:
+    """Whether a linear is a head that the files hold nothing of: transformers initializes it, and says so."""
+    locals_ = ("weight", *stored_format.reserved_names)
+    if any(f"{stored}.{local}" in checkpoint.tensors for local in locals_):
+        return False
+    base = model.base_model
+    return base is not model and not name.startswith(f"{model.base_model_prefix}.")
 
 
 def _stored_names(model: PreTrainedModel, checkpoint: Checkpoint | None) -> dict[str, str]:
@@ -118,8 +153,15 @@ def _scale_dtype(checkpoint: Checkpoint, stored: str, stored_format: Format, sch
     return scale.dtype
 
 
-def _check_packed(checkpoint: Checkpoint, stored_format: Format, linears: list[PackedLinear]) -> None:
-    """Raise `LlmqError` unless the files hold exactly the packed tensors that the linears need."""
+def _check_packed(
+    checkpoint: Checkpoint, stored_format: Format, linears: list[PackedLinear], model: PreTrainedModel
+) -> None:
+    """Raise unless the files hold exactly the packed tensors that the linears need.
+
+    Packed tensors of something else in the model, such as experts that it holds as one parameter, raise `NotOurs`. A
+    complete linear that the model does not have (a layer left out, a head of another task) is left to transformers,
+    which reports it. All else raises `LlmqError`.
+    """
     by_module: dict[str, dict[str, TensorSpec]] = {}
     for key, tensor in checkpoint.tensors.items():
         owner, _, local = key.rpartition(".")
@@ -133,12 +175,26 @@ def _check_packed(checkpoint: Checkpoint, stored_format: Format, linears: list[P
             dtype = stored.dtype if stored is not None and stored.dtype.is_floating_point else linear.bias
             expected["bias"] = TensorSpec(dtype, linear.shape[:1])
         check_specs(found, expected, f"{checkpoint.folder}: {linear.stored}.")
-    for owner, tensors in by_module.items():
-        for local in tensors:
-            if local in stored_format.reserved_names:
-                raise LlmqError(
-                    f"{checkpoint.folder}: {owner}.{local} belongs to no linear that the config quantizes in this model"
-                )
+    packed = {
+        owner: tensors for owner, tensors in by_module.items() if set(tensors) & set(stored_format.reserved_names)
+    }
+    if not packed:
+        return
+    state = model.state_dict()
+    plan = plan_names(model, {name: tensor.dtype for name, tensor in state.items()}, [list(state)]).plan
+    own = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for owner, tensors in packed.items():
+        planned = plan.get(f"{owner}.weight")
+        if planned is not None and planned.parameter not in own:
+            raise NotOurs(f"{owner} is stored packed, and {type(model).__name__} has no linear of that name")
+        local = next(local for local in tensors if local in stored_format.reserved_names)
+        complete = {*stored_format.metadata_names, stored_format.scale_name, stored_format.tensor_names[0]} <= set(
+            tensors
+        )
+        if planned is not None or not complete:
+            raise LlmqError(
+                f"{checkpoint.folder}: {owner}.{local} belongs to no linear that the config quantizes in this model"
+            )
 
 
 def _check_dense(checkpoint: Checkpoint, model: PreTrainedModel, names: Mapping[str, str]) -> None:

@@ -35,8 +35,10 @@ from torch import Tensor, nn
 from llmq.core.packing import pack, unpack
 from llmq.errors import LlmqError
 from llmq.kernels.problem import Packed, Problem
-from llmq.serving.linear import QuantLinear, cast_by_autocast
+from llmq.serving.autocast import cast_by_autocast
+from llmq.serving.linear import QuantLinear
 from llmq.serving.overrides import forward_overridden
+from llmq.serving.weight import versions, watch
 
 TRIAL_TOKENS = 2
 
@@ -89,6 +91,11 @@ class FusedLinears:
         self.pending = None
         self.stacked._drop_caches()
 
+    def dissolve(self) -> None:
+        """Let every member run alone from now on."""
+        for member in self.members:
+            member.fusion = None
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "pending": None}
 
@@ -103,7 +110,7 @@ class StackedLinear(QuantLinear):
         rows = sum(member.out_features for member in members)
         scheme = replace(first.scheme, scale_dtype=first.weight_scale.dtype)
         super().__init__(first.in_features, rows, scheme, None, first.kernel, "meta")
-        self._biases: tuple[tuple[Tensor, ...], Tensor] | None
+        self._biases: tuple[tuple[Tensor, ...], Tensor, tuple[int, ...]] | None
         self.members = tuple(members)  # a tuple, so that torch does not register them as submodules
 
     def run_fused(self, x: Tensor) -> Tensor | None:
@@ -145,13 +152,15 @@ class StackedLinear(QuantLinear):
             return None
         biases: tuple[Tensor, ...] = tuple(member.bias for member in self.members if member.bias is not None)
         cached = self._biases
-        if cached and cached[1].dtype == dtype and all(a is b for a, b in zip(cached[0], biases, strict=True)):
+        same = cached is not None and all(a is b for a, b in zip(cached[0], biases, strict=True))
+        if cached and same and cached[1].dtype == dtype and cached[2] == _written(biases):
             return cached[1]
         if torch.compiler.is_compiling() or any(bias.requires_grad for bias in biases):
             return torch.cat([bias.to(dtype) for bias in biases])
         with torch.inference_mode(False), torch.no_grad():
             stacked = torch.cat([bias.to(dtype) for bias in biases])
-        self._biases = (biases, stacked)
+        watch(biases)
+        self._biases = (biases, stacked, _written(biases))
         return stacked
 
     def _drop_caches(self) -> None:
@@ -262,6 +271,11 @@ def _is_input(kept: ref[Tensor] | Tensor, x: Tensor) -> bool:
 def _version(x: Tensor) -> int:
     """How many in-place writes x has seen; 0 where torch does not count them."""
     return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
+def _written(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """The versions of tensors; not counted in a compiled forward."""
+    return () if torch.compiler.is_compiling() else versions(tensors)
 
 
 def _zeros(zeros: Sequence[Tensor], rows: Sequence[int], bits: int) -> Tensor:

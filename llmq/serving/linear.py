@@ -5,11 +5,13 @@ unchanged. Casting the module casts the bias but never the scales.
 
 A kernel's runtime layout of the stored tensors is a cache. `ready`, or the first forward that needs it, makes it. It is
 never part of a state dict, a copy or a pickle, and moving, casting or loading the module drops it. The cache keeps a
-reference to the tensors that it was made from and is rebuilt when the module holds others; an in-place write to one of
-them from outside is not noticed. Offloaded weights get no cache, which would keep in memory what was put away. A compiled
-forward uses layouts that exist and makes none, since a traced one would be made again in every call.
+reference to the tensors that it was made from and is rebuilt when the module holds others or one was written to
+(`llmq.serving.weight.watch`). Offloaded weights get no cache, which would keep in memory what was put away. A compiled
+forward uses layouts that exist and makes none, since a traced one would be made again in every call; after writing to
+stored tensors, call `ready`.
 
-It is not an `nn.Linear`, because transformers initializes the `weight` of those by name.
+It is an `nn.Linear`, so that adapters attach to it; its `weight` is a `PackedWeight`, which holds no data. A dense tensor
+assigned to `weight` or `weight.data`, as when an adapter is merged, makes it a plain dense `nn.Linear`.
 Left out: gradients of the weight. Gradients of the input flow.
 """
 
@@ -29,6 +31,8 @@ from llmq.formats import IN_MEMORY
 from llmq.kernels.kernel import Kernel, RuntimeLayout
 from llmq.kernels.problem import Packed, Problem
 from llmq.kernels.registry import KERNELS, Choice, KernelRange, choose, kernel_ranges
+from llmq.serving.autocast import cast_by_autocast
+from llmq.serving.weight import PackedWeight, make_dense, versions, watch
 
 
 class Fusion(Protocol):
@@ -40,8 +44,11 @@ class Fusion(Protocol):
     def drop_caches(self) -> None:
         """Drop everything that was computed from the members' tensors."""
 
+    def dissolve(self) -> None:
+        """Let every member run alone from now on."""
 
-class QuantLinear(nn.Module):
+
+class QuantLinear(nn.Linear):
     """y = x @ dequantize(weight)^T + bias, with the weight packed.
 
     x: [..., in_features], floating. y: [..., out_features], in x's dtype or autocast's.
@@ -51,6 +58,7 @@ class QuantLinear(nn.Module):
     kernel: the name of the only kernel to use (`llmq.kernels.registry`). The first forward that it cannot run raises
         `LlmqError` with all reasons.
 
+    dense_dtype: the dtype of `weight`; casts of the module change it.
     offloaded: whether the tensors are brought in for each forward and taken away afterwards.
     fusion, position: the linears that this one is fused with, and its index among them; set by
         `llmq.serving.fused.fuse_linears`.
@@ -63,7 +71,7 @@ class QuantLinear(nn.Module):
     weight_packed: nn.Parameter
     weight_scale: nn.Parameter
     weight_shape: nn.Parameter
-    bias: nn.Parameter | None
+    bias: nn.Parameter | None  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -74,12 +82,13 @@ class QuantLinear(nn.Module):
         kernel: str | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # an nn.Linear's own would make a dense weight
         if scheme.activation is not None:
             raise LlmqError(
                 f"QuantLinear runs weight-only schemes; this one quantizes activations: {scheme.activation}"
             )
         self.in_features, self.out_features, self.scheme, self.kernel = in_features, out_features, scheme, kernel
+        self.dense_dtype = scheme.scale_dtype
         self.offloaded = False
         self.fusion: Fusion | None = None
         self.position = 0
@@ -114,6 +123,8 @@ class QuantLinear(nn.Module):
     def _run(self, x: Tensor) -> Tensor:
         """y for x, without fusion."""
         x = cast_by_autocast(x)
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            return nn.functional.linear(x, self.dequantize(x.dtype), self._bias(x.dtype))  # kernels have no such rules
         return self._run_kernel(self._kernel_for(x), x)
 
     def _run_kernel(self, kernel: Kernel, x: Tensor) -> Tensor:
@@ -161,12 +172,32 @@ class QuantLinear(nn.Module):
         """The dense weight [N, K], by default in the scales' dtype."""
         return self.quantized_weight().dequantize(dtype)
 
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight [N, K] as code for dense linears reads it: see `PackedWeight`."""
+        return PackedWeight(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            self.make_dense(value)
+        else:
+            super().__setattr__(name, value)
+
+    def make_dense(self, weight: Tensor) -> None:
+        """Become a plain `nn.Linear` with this weight [N, K], in place. The packed tensors are dropped.
+
+        Raises `LlmqError` for another shape and for offloaded weights.
+        """
+        if self.fusion is not None:
+            self.fusion.dissolve()
+        make_dense(self, weight, self.offloaded)
+
     def _kernel_for(self, x: Tensor) -> Kernel:
         return self._kernel(x.dtype, x.numel() // self.in_features, x.device)
 
     def _kernel(self, dtype: torch.dtype, rows: int, device: torch.device) -> Kernel:
         """The kernel for `rows` rows of x in `dtype` on `device`."""
-        key = (dtype, device, self.offloaded)
+        key = (dtype, device, self.offloaded, self._parameters["weight_scale"].dtype)  # type: ignore[union-attr]
         ranges = self._ranges.get(key)
         if ranges is None:
             if not dtype.is_floating_point:
@@ -179,6 +210,8 @@ class QuantLinear(nn.Module):
         for candidate in ranges:
             if candidate.max_rows is None:
                 return candidate.kernel
+            if torch.compiler.is_exporting():
+                continue  # a limit would become a guard on a dynamic number of rows
             missing = torch.compiler.is_compiling() and self._cached_layout(candidate.kernel) is None
             if rows <= candidate.max_rows and not missing:
                 return candidate.kernel
@@ -189,7 +222,9 @@ class QuantLinear(nn.Module):
         cached = self._layouts.get(kernel.name)
         if cached is None:
             return None
-        return cached[1] if all(map(is_, cached[0], self._stored())) else None
+        (tensors, written), stored = cached[0], self._stored()
+        same = all(map(is_, tensors, stored))
+        return cached[1] if same and (torch.compiler.is_compiling() or versions(stored) == written) else None
 
     def _stored(self) -> tuple[Tensor | None, ...]:
         """The tensors that a layout is made from. Read from `_parameters`: attribute lookup is slow in every forward."""
@@ -215,14 +250,18 @@ class QuantLinear(nn.Module):
         with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode cannot be used outside it
             layout = kernel.prepare(self.packed())
         if not self.offloaded:
-            self._layouts[kernel.name] = (self._stored(), layout)
+            stored = self._stored()
+            traced = torch.compiler.is_compiling()
+            if not traced:
+                watch(stored)
+            self._layouts[kernel.name] = ((stored, () if traced else versions(stored)), layout)
         return layout
 
     def _drop_caches(self) -> None:
         if self.fusion is not None:
             self.fusion.drop_caches()
         self._ranges: dict[tuple[object, ...], tuple[KernelRange, ...]] = {}
-        self._layouts: dict[str, tuple[tuple[Tensor | None, ...], RuntimeLayout]] = {}
+        self._layouts: dict[str, tuple[tuple[tuple[Tensor | None, ...], tuple[int, ...]], RuntimeLayout]] = {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Move every tensor, and cast all but the scales, whose dtype is part of the scheme."""
@@ -238,6 +277,7 @@ class QuantLinear(nn.Module):
             return moved
 
         super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
+        self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype, device=scale.device)).dtype
         if changed:
             self._drop_caches()
         return self
@@ -254,18 +294,6 @@ class QuantLinear(nn.Module):
         size = "per channel" if grid.group_size is None else f"groups of {grid.group_size}"
         kind = "symmetric" if grid.symmetric else "asymmetric"
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, int{grid.bits} {kind}, {size}"
-
-
-def cast_by_autocast(x: Tensor) -> Tensor:
-    """x in autocast's dtype where autocast is enabled, as torch's own linear casts it; float64 is never cast."""
-    if (
-        x.is_meta
-        or not torch.is_autocast_enabled(x.device.type)
-        or not x.is_floating_point()
-        or x.dtype == torch.float64
-    ):
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

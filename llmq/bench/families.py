@@ -81,6 +81,7 @@ OTHER = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
     "sliding_window": 8,
+    "rotary_dim": 8,
 }
 SIZES = (
     dict.fromkeys(WIDTH, 64)
@@ -229,10 +230,8 @@ def _difference(model: PreTrainedModel, packed: Any, ids: torch.Tensor) -> float
     split(model, open_source(model).experts.stacks)
     for name, module in packed.named_modules():
         if isinstance(module, QuantLinear):
-            weight = model.get_submodule(name).weight
-            assert isinstance(weight, torch.Tensor)
-            weight.data.copy_(
-                module.dequantize() if weight.shape == module.dequantize().shape else module.dequantize().T
-            )
+            original, dense = model.get_submodule(name), module.dequantize()
+            assert isinstance(original.weight, torch.Tensor)
+            original.weight.data.copy_(dense if isinstance(original, nn.Linear) else dense.T)
     want, found = (each(input_ids=ids, use_cache=False).logits.double() for each in (model, packed))
     return float((found - want).norm() / want.norm())

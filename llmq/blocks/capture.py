@@ -136,16 +136,20 @@ def find_decoder(model: nn.Module) -> tuple[str, nn.Module]:
     return "", model
 
 
+LENGTHS = (0, 2, 3, 1)
+"""Of the tuples that blocks may return, in the order in which they are tried; 0 for the hidden states alone."""
+
+
 class _Stub(nn.Module):
     """Replaces a block: records the arguments and returns the hidden states as a new tensor.
 
     Attributes that the model reads from a block, such as its layer type, are those of the block itself.
     """
 
-    def __init__(self, block: nn.Module, as_tuple: bool, previous: _Stub | None, last: bool) -> None:
+    def __init__(self, block: nn.Module, length: int, previous: _Stub | None, last: bool) -> None:
         super().__init__()
         self._block = [block]  # in a list, so that it is not registered as a child
-        self._as_tuple, self._previous, self._last = as_tuple, [previous], last
+        self._length, self._previous, self._last = length, [previous], last
         self.passed: Tensor | None = None
         self.recorded: tuple[Tensor, Call] | None = None
 
@@ -156,6 +160,10 @@ class _Stub(nn.Module):
             return getattr(self._block[0], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(value, _Beside) for value in (*args, *kwargs.values())):
+            raise _NotPassedOn(
+                "a block is given what the block before it returned beside the hidden states, which is not supported"
+            )
         previous = self._previous[0]
         place = _place(args, kwargs, None if previous is None else previous.passed)
         hidden = args[place] if isinstance(place, int) else kwargs[place]
@@ -165,11 +173,15 @@ class _Stub(nn.Module):
         self.passed = hidden.view_as(hidden)
         if self._last:
             raise Stop
-        return (self.passed,) if self._as_tuple else self.passed
+        return (self.passed, *(_Beside() for _ in range(self._length - 1))) if self._length else self.passed
 
 
 class _NotPassedOn(LlmqError):
     pass
+
+
+class _Beside:
+    """Stands for what a block returns beside the hidden states: attention weights or states, which nobody may use."""
 
 
 def _place(args: tuple[Any, ...], kwargs: dict[str, Any], expected: Tensor | None) -> int | str:
@@ -201,15 +213,9 @@ def capture(model: nn.Module, run: Callable[[Tensor], object], batches: Sequence
     hidden: list[Tensor] = []
     calls: list[list[Call]] = [[] for _ in originals]
     try:
-        as_tuple = False
+        lengths = list(LENGTHS)
         for batch in batches:
-            try:
-                stubs = _run_stubs(blocks, originals, as_tuple, run, batch)
-            except (_NotPassedOn, IndexError, ValueError, TypeError, RuntimeError):
-                if as_tuple or hidden:
-                    raise
-                as_tuple = True
-                stubs = _run_stubs(blocks, originals, as_tuple, run, batch)
+            stubs = _run_stubs(blocks, originals, lengths, run, batch)
             first = stubs[0].recorded
             assert first is not None
             hidden.append(first[0].detach())
@@ -224,11 +230,28 @@ def capture(model: nn.Module, run: Callable[[Tensor], object], batches: Sequence
 
 
 def _run_stubs(
-    blocks: nn.ModuleList, originals: list[nn.Module], as_tuple: bool, run: Callable[[Tensor], object], batch: Tensor
+    blocks: nn.ModuleList,
+    originals: list[nn.Module],
+    lengths: list[int],
+    run: Callable[[Tensor], object],
+    batch: Tensor,
+) -> list[_Stub]:
+    """The stubs after a forward of `batch`. lengths: what to try that blocks return; those that fail are taken out."""
+    while True:
+        try:
+            return _run_once(blocks, originals, lengths[0], run, batch)
+        except (_NotPassedOn, IndexError, ValueError, TypeError, RuntimeError):
+            if len(lengths) == 1:
+                raise
+            del lengths[0]
+
+
+def _run_once(
+    blocks: nn.ModuleList, originals: list[nn.Module], length: int, run: Callable[[Tensor], object], batch: Tensor
 ) -> list[_Stub]:
     stubs: list[_Stub] = []
     for index, block in enumerate(originals):
-        stubs.append(_Stub(block, as_tuple, stubs[-1] if stubs else None, index == len(originals) - 1))
+        stubs.append(_Stub(block, length, stubs[-1] if stubs else None, index == len(originals) - 1))
         blocks[index] = stubs[-1]
     try:
         with torch.no_grad():

@@ -95,11 +95,15 @@ def find_stacks(root: nn.Module) -> tuple[Stack, ...]:
 def _is_stack(module: nn.Module, named: Mapping[str, nn.Parameter]) -> bool:
     """Experts: matrices of more than one row and column, one for each of several experts.
 
-    Biases and vectors that are kept as [1, 1, n] or [n, 1, k] (state-space layers, convolutions) are none.
+    Biases and vectors that are kept as [1, 1, n] or [n, 1, k] (state-space layers, convolutions) are none, and neither are
+    several square matrices of one size (the gates of a recurrence), unless the module says how it holds experts.
     """
-    return all(min(p.shape) > 1 or p.shape[0] == 1 < min(p.shape[1:]) for p in named.values()) and not any(
-        p.shape[0] != next(iter(named.values())).shape[0] for p in named.values()
-    )
+    shapes = [tuple(p.shape) for p in named.values()]
+    sizes = {size for shape in shapes for size in shape[1:]}
+    if len(shapes) > 1 and len(sizes) == 1 and not hasattr(module, "is_transposed"):
+        return False
+    matrices = all(min(shape) > 1 or shape[0] == 1 < min(shape[1:]) for shape in shapes)
+    return matrices and len({shape[0] for shape in shapes}) == 1
 
 
 def _stacks_of(name: str, module: nn.Module, named: Mapping[str, nn.Parameter]) -> list[Stack]:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from llmq.blocks.transposed import as_linear, transposed_linears
 from llmq.checkpoint.reader import Checkpoint
 from llmq.core.scheme import Scheme
 from llmq.errors import LlmqError
@@ -55,10 +56,20 @@ def find_linears(
     if checkpoint is None:
         return _found(model, stored_format, layout, None, {})
     apart, undo = take_apart_packed(model, _renamed(model), checkpoint.tensors, stored_format.tensor_names)
+    names, scale = _stored_names(model, checkpoint), stored_format.scale_name
+    transposed = {
+        name: module
+        for name, module in transposed_linears(model).items()
+        if f"{names[f'{name}.weight'].removesuffix('weight')}{scale}" in checkpoint.tensors
+    }
+    for name, module in transposed.items():
+        model.set_submodule(name, as_linear(module))
     try:
         return _found(model, stored_format, layout, checkpoint, apart)
-    except NotOurs:
-        undo()  # stock transformers loads it
+    except NotOurs:  # stock transformers loads it
+        undo()
+        for name, module in transposed.items():
+            model.set_submodule(name, module)
         raise
 
 

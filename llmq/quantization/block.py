@@ -24,6 +24,7 @@ from llmq.blocks.capture import Call, foreign_code
 from llmq.blocks.replay import Inputs, Stage, staged
 from llmq.blocks.statistics import Statistics, held_out_start, observe
 from llmq.blocks.topology import Group, input_groups, linears
+from llmq.blocks.transposed import straightened
 from llmq.core.quantized import QuantizedWeight
 from llmq.errors import LlmqError
 from llmq.quantization.experts import Unit, observe_experts, observe_pooled, pool, round_expert, taken_apart, units_of
@@ -106,11 +107,11 @@ def quantize_block(
     planned, groups, stacks = plan.of_block(name), plan.groups[index], plan.stacks[index]
     few = state.hidden[0][..., :1, : inputs.probe_tokens, :]
     _refuse_not_finite(block, name)
-    _refuse_other_groups(block, name, inputs.probe, few, plan, index)
     codes: dict[str, QuantizedWeight] = {}
     layers: list[LinearReport] = []
     hidden = state.hidden
-    with taken_apart(block, name, stacks, inputs.probe, few):
+    with straightened(block), taken_apart(block, name, stacks, inputs.probe, few):
+        _refuse_other_groups(block, name, inputs.probe, few, plan, index)
         folded, pairs = _transformed(block, name, inputs, few, state, groups, planned, recipe)
         modules = dict(block.named_modules())
         units = units_of(block, groups, stacks, inputs.probe, few)

@@ -6,7 +6,7 @@ Every linear inside the decoder blocks is quantized; the output head, and any li
 Experts that are fused into 3-D parameters are quantized as one linear per expert and part (`llmq.blocks.experts`); all experts
 of a layer get one scheme. Linears that choose or weight experts (routers, gates of shared experts) stay as they are, and so
 do a linear that does not run exactly once in a forward, with a note, and what is no linear (convolutions, parameters of
-recurrences). GPT-2's transposed linears are refused here.
+recurrences). GPT-2's transposed linears are quantized as the linears that they are (`llmq.blocks.transposed`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import nn
 from llmq.blocks.capture import find_blocks
 from llmq.blocks.stacks import Stack, stacks_of_blocks
 from llmq.blocks.topology import Group
+from llmq.blocks.transposed import straightened, transposed_linears
 from llmq.config import FALLBACK_GROUP_SIZES, PER_CHANNEL, QuantConfig
 from llmq.core.grid import Grid
 from llmq.core.scheme import Scheme
@@ -87,10 +88,22 @@ def make_plan(
     stacks: the fused experts of the model, by full names.
     Raises `LlmqError` for what cannot be done.
     """
+    transposed = tuple(transposed_linears(model))
+    with straightened(model):
+        return _make_plan(model, config, dtype, topology, output_format, stacks, transposed)
+
+
+def _make_plan(
+    model: nn.Module,
+    config: QuantConfig,
+    dtype: torch.dtype,
+    topology: Topology,
+    output_format: Format,
+    stacks: Sequence[Stack],
+    transposed: Collection[str],
+) -> Plan:
     prefix, blocks = find_blocks(model)
     names = tuple(f"{prefix}.{index}" for index in range(len(blocks)))
-    for name, block in zip(names, blocks, strict=True):
-        _refuse_unsupported(name, block)
     all_linears = {name: _classes(m) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     shapes = {n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     stacks = [stack for stack in stacks if stack.module.startswith(f"{prefix}.")]
@@ -106,7 +119,7 @@ def make_plan(
     holders = [block for block in names if any(name.startswith(f"{block}.") for name in chosen)]
     found = topology(holders)
     once = {f"{block}.{name}" for block in holders for group in found.get(block, ()) for name in group} | experts.keys()
-    notes = _left_dense(chosen, once)
+    notes = (*_left_dense(chosen, once), *_transposed_note([name for name in transposed if name in once]))
     chosen = {name: shape for name, shape in chosen.items() if name in once}
     linears = _with_schemes(chosen, config, output_format, output_format.scale_dtype(dtype))
     stacks = _planned_stacks(stacks, linears)
@@ -165,6 +178,15 @@ def _one_scheme_per_layer(
     return changed
 
 
+def _transposed_note(names: Sequence[str]) -> tuple[str, ...]:
+    if not names:
+        return ()
+    return (
+        f"{len(names)} linears that the source stores as [in, out] ({names[0]}, ...) are packed as [out, in], which only llmq "
+        "reads; transformers without llmq cannot load them",
+    )
+
+
 def _left_dense(chosen: Mapping[str, tuple[int, int]], once: Collection[str]) -> tuple[str, ...]:
     """A note on the linears that do not run exactly once; none where there are none.
 
@@ -202,15 +224,6 @@ def _planned_groups(block: str, groups: Sequence[Group], planned: Collection[str
                 )
     kept = (tuple(name for name in group if name in planned) for group in groups)
     return tuple(group for group in kept if group)
-
-
-def _refuse_unsupported(name: str, block: nn.Module) -> None:
-    for inner, module in block.named_modules():
-        where = f"{name}.{inner}" if inner else name
-        if type(module).__name__ == "Conv1D":
-            raise LlmqError(
-                f"{where} is a Conv1D (GPT-2's transposed linear), which no serving engine reads packed: not supported"
-            )
 
 
 def _ignored(linears: Mapping[str, Sequence[str]], patterns: Sequence[str]) -> set[str]:
